@@ -1,0 +1,25 @@
+"""The HTTP application around a running `AsyncLLM`; who started that closes it."""
+
+from fastapi import FastAPI
+
+from api.body_limit import BodyLimit
+from api.errors import install_error_handlers
+from api.metrics import Metrics
+from api.request_log import RequestLog
+from api.routes import chat, health, metrics, models
+from api.state import AppState
+from vlm_serve import __version__
+from vlm_serve.config import ServerConfig
+from vlm_serve.serving.async_llm import AsyncLLM
+
+
+def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
+    """The routes over `llm`, within the limits of `config`. No page of documentation: it would load from a CDN."""
+    app = FastAPI(title="vlm-serve", version=__version__, docs_url=None, redoc_url=None)
+    app.state.shared = AppState(llm, config, Metrics(lambda: llm.stats, llm.models[0].id))
+    install_error_handlers(app)
+    for route in (chat, models, health, metrics):
+        app.include_router(route.router)
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(RequestLog)  # added last: the outermost
+    return app

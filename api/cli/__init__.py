@@ -1,0 +1,40 @@
+"""`vlm-serve`: the composition root. Each subcommand is a module, imported when it is asked for."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from api.cli.arguments import build_parser
+from vlm_serve import __version__
+from vlm_serve.errors import VlmServeError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; an error of ours is one line on standard error and exit status 1."""
+    arguments = build_parser(__version__).parse_args(argv)
+    try:
+        return _command(arguments.command)(arguments)
+    except VlmServeError as error:
+        print(f"vlm-serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _command(name: str) -> "Callable[..., int]":
+    if name == "serve":
+        from api.cli.serve import serve
+
+        return serve
+    if name == "chat":
+        from api.cli.chat import chat
+
+        return chat
+    if name == "inspect-dicom":
+        from api.cli.inspect_dicom import inspect_dicom
+
+        return inspect_dicom
+    from api.cli.bench import bench
+
+    return bench

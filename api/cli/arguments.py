@@ -1,0 +1,122 @@
+"""The command line's grammar, with help that shows how: every subcommand ends in examples to copy.
+
+Only the standard library is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = {
+    "": """\
+examples:
+  vlm-serve serve                              the embedded default model on port 8000
+  vlm-serve chat --image chest.dcm "Describe this radiograph."
+  vlm-serve inspect-dicom chest.dcm            how a file would be shown to a model
+  vlm-serve bench                              what this machine can do
+""",
+    "serve": """\
+examples:
+  vlm-serve serve
+  vlm-serve serve --model ~/models/llava-1.5-7b --adapters adapters --port 9000
+  vlm-serve serve --kv-cache-memory 8GiB --max-model-len 4096 --max-num-seqs 32
+  vlm-serve serve --config vlm-serve.yaml      # flags go before VLM_SERVE_* before the file
+
+a file of settings:
+  model:  {model: /srv/models/llava, dtype: bfloat16}
+  engine: {kv_cache_memory: 8GiB, max_num_seqs: 32}
+  server: {host: 0.0.0.0, port: 8000}
+""",
+    "chat": """\
+examples:
+  vlm-serve chat "What are the signs of a pneumothorax?"
+  vlm-serve chat --image chest.dcm --image prior.dcm "Compare the two."
+  vlm-serve chat --url http://localhost:8000 --model radiology "Say hello."
+  vlm-serve chat                               # a conversation; /image FILE adds a file, /quit ends
+""",
+    "inspect-dicom": """\
+examples:
+  vlm-serve inspect-dicom chest.dcm            what is decoded, how it is windowed, its digests
+  vlm-serve inspect-dicom ct.dcm --png ct.png  the pixels as a model's processor gets them
+  vlm-serve inspect-dicom chest.dcm --json     the receipt that an answer carries
+""",
+    "bench": """\
+examples:
+  vlm-serve bench                              starts a server of its own
+  vlm-serve bench --url http://localhost:8000 --out result.json
+  vlm-serve bench --concurrency 1,8,32 --requests 32 --max-tokens 64
+""",
+}
+
+
+def build_parser(version: str) -> argparse.ArgumentParser:
+    """The whole grammar. Settings of the server are left out of the result unless given."""
+    parser = _parser(None, "", "Clinical vision-language models: from a DICOM file to a streamed answer.")
+    parser.add_argument("--version", action="version", version=f"vlm-serve {version}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    serve = _parser(commands, "serve", "Serve a model over HTTP.")
+    _add_model(serve)
+    _add_server(serve)
+
+    chat = _parser(commands, "chat", "Ask a model, here or on a running server.")
+    chat.add_argument("message", nargs="?", help="what to ask; without it, a conversation")
+    chat.add_argument("--url", help="a running server; without it the model is loaded here")
+    chat.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="DICOM, PNG or JPEG")
+    chat.add_argument("--system", help="a system message")
+    chat.add_argument("--max-tokens", type=int, default=256, help="length of an answer (default: 256)")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    chat.add_argument("--seed", type=int, help="makes sampling repeatable")
+    _add_model(chat)
+
+    inspect = _parser(commands, "inspect-dicom", "Show what a file becomes, without a model.")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--png", type=Path, metavar="OUT", help="write the pixels as a PNG file")
+    inspect.add_argument("--json", action="store_true", help="print the receipt as JSON")
+
+    bench = _parser(commands, "bench", "Put load on a server and measure it.")
+    bench.add_argument("--url", help="a running server; without it one is started")
+    bench.add_argument("--concurrency", default="1,8,32", help="requests at once (default: 1,8,32)")
+    bench.add_argument("--requests", type=int, help="requests a run (default: four times the concurrency)")
+    bench.add_argument("--max-tokens", type=int, default=32, help="length of each answer (default: 32)")
+    bench.add_argument("--image", type=Path, metavar="FILE", help="the image to send (default: a generated one)")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write each request's times as JSON")
+    _add_model(bench)
+    return parser
+
+
+def _parser(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser] | None", name: str, text: str
+) -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    if commands is None:
+        return argparse.ArgumentParser("vlm-serve", description=text, epilog=EXAMPLES[name], formatter_class=formatter)
+    return commands.add_parser(name, help=text, description=text, epilog=EXAMPLES[name], formatter_class=formatter)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and engine")
+    _add_setting(group, "model.model", "demo, or the folder of a checkpoint (default: demo)")
+    _add_setting(group, "model.adapters", "a folder of PEFT adapter folders, each served under its name")
+    _add_setting(group, "model.dtype", "auto, float32, bfloat16 or float16 (default: auto)")
+    _add_setting(group, "model.device", "auto, cpu or cuda (default: auto)")
+    _add_setting(group, "engine.max_model_len", "tokens of prompt and answer together (default: the model's)")
+    _add_setting(group, "engine.kv_cache_memory", "such as 2GiB (default: 1GiB)")
+    _add_setting(group, "engine.max_num_seqs", "requests in one batch (default: 64)")
+    _add_setting(group, "engine.max_num_batched_tokens", "tokens in one step (default: 512)")
+    group.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML; flags and VLM_SERVE_* go first")
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    _add_setting(group, "server.host", "address to listen on (default: 127.0.0.1, this machine alone)")
+    _add_setting(group, "server.port", "port to listen on; 0 takes a free one (default: 8000)")
+
+
+def _add_setting(group: "argparse._ArgumentGroup", name: str, text: str) -> None:
+    """`engine.max_num_seqs` as `--max-num-seqs`; its value is parsed with those of environment and file."""
+    flag = name.rpartition(".")[2].replace("_", "-")
+    group.add_argument(f"--{flag}", dest=name, default=argparse.SUPPRESS, metavar=flag.upper(), help=text)
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """The settings that were given as flags, by name."""
+    return {name: value for name, value in vars(arguments).items() if "." in name}

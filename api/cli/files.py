@@ -1,0 +1,32 @@
+"""Files named on the command line as image parts: their type is read from their first bytes, then their name."""
+
+import base64
+from pathlib import Path
+
+from vlm_serve.errors import InvalidRequestError
+from vlm_serve.types import ImagePart
+
+_MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+_DICOM = "application/dicom"
+
+
+def read_image(path: Path) -> ImagePart:
+    """The file at `path`.
+
+    Raises:
+        InvalidRequestError: it cannot be read, or is neither DICOM, PNG nor JPEG.
+    """
+    try:
+        data = path.expanduser().read_bytes()
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error.strerror}.") from None
+    for magic, media_type in _MAGIC.items():
+        if data.startswith(magic):
+            return ImagePart(data, media_type)
+    if data[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom", ".ima"):
+        return ImagePart(data, _DICOM)
+    raise InvalidRequestError(f"{path} is neither DICOM, PNG nor JPEG. A DICOM file without preamble is named *.dcm.")
+
+
+def data_url(part: ImagePart) -> str:
+    return f"data:{part.media_type};base64,{base64.b64encode(part.data).decode('ascii')}"

@@ -1,0 +1,143 @@
+"""`vlm-serve serve`: binds the port, starts the engine, serves until a signal, and cleans up after itself."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+from rich.console import Console
+
+from api.app import create_app
+from api.cli.arguments import given_settings
+from api.cli.settings import load_settings
+from vlm_serve.config import ServerConfig, Settings
+from vlm_serve.errors import ConfigurationError
+from vlm_serve.serving.async_llm import AsyncLLM
+
+GRACE = 30
+"""Seconds that running answers have to end after a first SIGTERM or SIGINT; a second one ends them."""
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    settings = load_settings(given_settings(arguments), os.environ, arguments.config)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    return asyncio.run(run_server(settings, Console()))
+
+
+async def run_server(settings: Settings, console: Console) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigurationError: the port is taken, or the model or its settings are wrong.
+    """
+    with bind(settings.server) as listener, stop_signals() as stop:
+        starting = asyncio.ensure_future(AsyncLLM.start(settings, lambda name, s: print_phase(console, name, s)))
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        llm = starting.result()
+        try:
+            print_ready(console, listener, llm)
+            await _serve_until(stop, create_app(llm, settings.server), listener)
+        finally:
+            await llm.close()
+    return 0
+
+
+@contextlib.contextmanager
+def bind(config: ServerConfig) -> Iterator[socket.socket]:
+    """The listening socket, taken before a model is loaded.
+
+    Raises:
+        ConfigurationError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"Cannot listen on {config.host} port {config.port}: {error.strerror}. "
+                "Stop what holds it, or choose another --host or --port."
+            ) from None
+        yield listener
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[asyncio.Event]:
+    """An event that the first SIGTERM or SIGINT sets."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: they would end the process before the engine is closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve_until(stop: asyncio.Event, app: object, listener: socket.socket) -> None:
+    server = _Server(
+        uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            access_log=False,  # it would write URLs; `api.request_log` writes a line of its own
+            log_config=None,
+            log_level="warning",
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=GRACE,
+        )
+    )
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, setattr, server, "force_exit", True)
+        await serving
+    finally:
+        stopping.cancel()
+
+
+def print_phase(console: Console, name: str, seconds: float) -> None:
+    console.print(f"  [green]✓[/] {name} [dim]{seconds:.2f} s[/]", highlight=False)
+
+
+def print_ready(console: Console, listener: socket.socket, llm: AsyncLLM) -> None:
+    host, port = listener.getsockname()[:2]
+    shown = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{port}"
+    body = json.dumps(
+        {"model": llm.models[0].id, "messages": [{"role": "user", "content": "What is a pleural effusion?"}]}
+    )
+    for model in llm.models:
+        kind = f"an adapter of {model.parent}" if model.parent else f"{model.max_model_len} tokens of context"
+        console.print(f"  {model.id}: {kind}", highlight=False, markup=False)
+        if model.notice:
+            console.print(f"    {model.notice}", style="yellow", markup=False)
+    console.print(f"Ready at {url}. To try it:", highlight=False, markup=False)
+    command = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    console.print(command, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,25 @@
+"""`GET /v1/models`: the base model and its adapters."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+
+from api.responses import model_json
+from api.state import AppState, app_state
+from vlm_serve.errors import ModelNotFoundError
+from vlm_serve.types import JsonObject
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(state: Annotated[AppState, Depends(app_state)]) -> JsonObject:
+    return {"object": "list", "data": [model_json(model) for model in state.llm.models]}
+
+
+@router.get("/v1/models/{model_id:path}")
+async def retrieve_model(model_id: str, state: Annotated[AppState, Depends(app_state)]) -> JsonObject:
+    for model in state.llm.models:
+        if model.id == model_id:
+            return model_json(model)
+    raise ModelNotFoundError("There is no model of that name; /v1/models lists those there are.", param="model")

@@ -1,0 +1,199 @@
+"""Tiny checkpoints with random weights, made by transformers: what the parity tests of every floor compare with.
+
+Nothing is downloaded: the tokenizer is trained here, on a few words, with real special tokens and a template.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from vlm_serve.encoders.torchvision_ops import declare_torchvision_ops
+
+declare_torchvision_ops()
+
+from transformers import (  # noqa: E402 - torchvision has to be importable first
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
+
+IMAGE_TOKEN = "<image>"
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN, "<|turn|>"]
+VOCAB_SIZE = 320
+WORDS = """The chest radiograph shows clear lungs and a normal heart. No effusion, no pneumothorax, no fracture.
+What does the image show? Is there a mass in the left upper lobe? Compare with the study of 2019-04-30."""
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception('Unknown role ' + message.role) -}}
+{%- endif -%}
+{{- '<|turn|>' + message.role + '\\n' -}}
+{%- if message.content is string -%}
+{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}{{- '<image>\\n' -}}{%- else -%}{{- part.text -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|turn|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+@cache
+def _backend() -> str:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(WORDS.splitlines(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer.to_str()
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens that puts `<s>` (1) in front; `</s>` is 2, `<image>` 4."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend()),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=[IMAGE_TOKEN, "<|turn|>"],
+        chat_template=chat_template,
+        model_max_length=4096,
+    )
+
+
+def tiny_text_config(**changes: Any) -> LlamaConfig:
+    """A Llama decoder: hidden 64, 2 layers, 4 query and 2 key-value heads of 16."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "initializer_range": 0.2,
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+def tiny_vision_config(vision: str, image_size: int = 28, patch_size: int = 7, layers: int = 3) -> PretrainedConfig:
+    """A CLIP or SigLIP tower: hidden 32, 4 heads, 16 patches an image."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+    if vision == "clip":
+        return CLIPVisionConfig(**settings, projection_dim=32, initializer_range=0.2)
+    assert vision == "siglip"
+    return SiglipVisionConfig(**settings, vision_use_head=False)
+
+
+def make_llava(
+    folder: Path,
+    vision: str = "clip",
+    *,
+    hub_names: bool = False,
+    sharded: bool = False,
+    feature_layer: int | list[int] = -2,
+    strategy: str | None = None,
+    chat_template: str | None = CHAT_TEMPLATE,
+    seed: int = 0,
+    **text_changes: Any,
+) -> LlavaForConditionalGeneration:
+    """Writes a whole `LlavaForConditionalGeneration` checkpoint and returns transformers' model, fp32, in eval.
+
+    Args:
+        folder: made if need be.
+        vision: "clip" or "siglip".
+        hub_names: weights under the names of the hub's older checkpoints (`language_model.model.…`).
+        sharded: several safetensors files with an index.
+        strategy: `vision_feature_select_strategy`; None is the one that suits the tower.
+        text_changes: fields of the text config that differ from `tiny_text_config`.
+    """
+    torch.manual_seed(seed)
+    strategy = strategy or ("default" if vision == "clip" else "full")
+    tokenizer = make_tokenizer(chat_template)
+    config = LlavaConfig(
+        vision_config=tiny_vision_config(vision),
+        text_config=tiny_text_config(**text_changes),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy=strategy,
+        image_seq_length=16,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():  # norms of ones and biases of zero would hide a wrong name
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder, max_shard_size="100KB" if sharded else "1GB")
+    if hub_names:
+        _rename_as_on_the_hub(folder)
+    size = {"height": 28, "width": 28}
+    image_processor = (
+        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size)
+        if vision == "clip"
+        else SiglipImageProcessor(size=size)
+    )
+    LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1 if vision == "clip" else 0,
+        chat_template=chat_template,
+    ).save_pretrained(folder)
+    return model
+
+
+def _rename_as_on_the_hub(folder: Path) -> None:
+    """Gives the tensors the names that LLaVA checkpoints had before transformers 4.52."""
+    prefixes = {
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.language_model.": "language_model.model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "vision_tower.": "vision_tower.",
+        "language_model.": "language_model.",
+        "multi_modal_projector.": "multi_modal_projector.",
+        "lm_head.": "language_model.lm_head.",
+    }
+
+    def hub_name(name: str) -> str:
+        old = next(prefix for prefix in prefixes if name.startswith(prefix))
+        return prefixes[old] + name.removeprefix(old)
+
+    for file in folder.glob("*.safetensors"):
+        save_file({hub_name(name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {hub_name(name): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content))

@@ -1,0 +1,24 @@
+"""Requests for tests of the scheduler's books: no model, so tokens and pixels are arbitrary."""
+
+import numpy as np
+
+from vlm_serve.types import ImageInputs, ImageSpan, Request, SamplingParams
+
+
+def image(seed: int, num_tokens: int = 4) -> ImageInputs:
+    pixels = np.full((3, 2, 2), seed, dtype=np.float32)
+    return ImageInputs.create({"pixel_values": pixels}, (1, num_tokens), num_tokens)
+
+
+def request(name, tokens, *, images=(), max_tokens=4, adapter=None, salt="", eos=()) -> Request:
+    """`tokens` is a prompt or its length; `images` are (offset, ImageInputs)."""
+    token_ids = tuple(range(tokens)) if isinstance(tokens, int) else tuple(tokens)
+    return Request(
+        request_id=str(name),
+        token_ids=token_ids,
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
+        images=tuple(ImageSpan(offset, inputs) for offset, inputs in images),
+        adapter=adapter,
+        cache_salt=salt,
+        eos_token_ids=eos,
+    )

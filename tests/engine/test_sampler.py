@@ -1,0 +1,77 @@
+"""The sampler draws what the parameters ask for, row by row, whatever the other rows are."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from vlm_serve.engine.sampler import SamplingRows, sample
+
+VOCAB = 50
+
+
+def rows(n: int, *, temperature=1.0, top_k=0, top_p=1.0, draws=None, indices=None) -> SamplingRows:
+    return SamplingRows(
+        temperature=np.full(n, temperature),
+        top_k=np.full(n, top_k, dtype=np.int64),
+        top_p=np.full(n, top_p),
+        draws=np.arange(n, dtype=np.uint64) if draws is None else np.asarray(draws, dtype=np.uint64),
+        indices=np.zeros(n, dtype=np.int64) if indices is None else np.asarray(indices, dtype=np.int64),
+    )
+
+
+def some_logits(n: int = 1) -> torch.Tensor:
+    return (torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(3)) * 2).repeat(n, 1)
+
+
+def expected_probabilities(temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """As transformers' own warpers make them."""
+    scores = TemperatureLogitsWarper(temperature)(None, some_logits())
+    if top_k > 0:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.7), (1.3, 12, 0.8), (1.0, 1, 1.0), (1.0, 0, 0.01)],
+)
+def test_the_frequencies_are_those_of_transformers_warpers(temperature, top_k, top_p):
+    n = 20_000
+    drawn = sample(some_logits(n), rows(n, temperature=temperature, top_k=top_k, top_p=top_p))
+    expected = expected_probabilities(temperature, top_k, top_p)
+    frequency = torch.bincount(drawn, minlength=VOCAB) / n
+    assert set(drawn.unique().tolist()) <= set(expected.nonzero()[:, 0].tolist())
+    four_sigma = 4 * (expected * (1 - expected) / n).sqrt() + 1e-9
+    assert ((frequency - expected).abs() <= four_sigma + 2 / n).all()
+
+
+def test_greedy_takes_the_first_of_equal_maxima():
+    logits = torch.zeros(2, VOCAB)
+    logits[0, [7, 9]] = 1.0
+    assert sample(logits, rows(2, temperature=0.0)).tolist() == [7, 0]
+
+
+def test_a_row_draws_the_same_alone_and_among_others():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, VOCAB, generator=generator)
+    mixed = SamplingRows(
+        temperature=np.array([0, 1, 0.7, 1, 0, 1.5, 1, 1]),
+        top_k=np.array([0, 0, 5, 0, 3, 0, 10, -1]),
+        top_p=np.array([1, 1, 1, 0.5, 1, 0.9, 0.8, 1]),
+        draws=np.array([1, 2, 3, 4, 5, 6, 7, 2**64 - 1], dtype=np.uint64),
+        indices=np.arange(8),
+    )
+    together = sample(logits, mixed).tolist()
+    for row in range(8):
+        alone = SamplingRows(*(getattr(mixed, name)[row : row + 1] for name in SamplingRows.__slots__))
+        assert sample(logits[row : row + 1], alone).tolist() == [together[row]]
+
+
+def test_a_seed_gives_another_draw_for_each_token_of_an_answer():
+    n = 4_000
+    drawn = sample(some_logits(n), rows(n, draws=np.full(n, 42), indices=np.arange(n)))
+    frequency = torch.bincount(drawn, minlength=VOCAB) / n
+    assert (frequency - expected_probabilities(1.0, 0, 1.0)).abs().max() < 0.03

@@ -1,0 +1,175 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+`step()` is the whole of it: schedule, run, update. It knows nothing of text, HTTP or processes.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from vlm_serve.config import EngineConfig, ModelConfig
+from vlm_serve.decoders.config import DecoderConfig
+from vlm_serve.engine.kv_cache import KVCache, bytes_per_token, plan_blocks
+from vlm_serve.engine.model_runner import ModelRunner, adaptable_linears
+from vlm_serve.engine.scheduler import Scheduler
+from vlm_serve.errors import ConfigurationError
+from vlm_serve.families.base import ModelFamily
+from vlm_serve.layers.loading import pack_linears
+from vlm_serve.lora.checkpoint import AdapterWeights, read_adapter
+from vlm_serve.lora.store import AdapterFolder
+from vlm_serve.types import EngineStats, Request, StepOutput
+
+logger = logging.getLogger(__name__)
+
+OnPhase = Callable[[str, float], None]
+"""Told the name of each start-up phase and the seconds it took."""
+
+FAULT_MESSAGE = "A fault inside the engine ended this request. Send it again; if it persists, tell your operator."
+
+
+class Engine:
+    """A model served with continuous batching over a paged KV cache.
+
+    Not thread-safe: one thread adds, aborts and steps.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+
+    @classmethod
+    def build(
+        cls,
+        family: ModelFamily,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        adapters: Sequence[AdapterFolder] = (),
+        on_phase: OnPhase = lambda name, seconds: None,
+    ) -> "Engine":
+        """Loads the weights, plans the caches and checks the adapters.
+
+        Raises:
+            ConfigurationError: the checkpoint, an adapter or the memory does not fit; says which and what to do.
+        """
+        device = choose_device(model_config.device)
+        dtype = choose_dtype(model_config.dtype, device)
+        with _phase(f"weights ({str(dtype).removeprefix('torch.')}, {device})", on_phase):
+            model = family.build(dtype, device)
+            pack_linears(model)
+        with _phase("kv cache", on_phase):
+            decoder_config = family.decoder_config
+            num_blocks = plan_blocks(decoder_config, config.block_size, dtype, device, config.kv_cache_memory)
+            max_model_len = plan_context(decoder_config, config, num_blocks, dtype)
+            kv_cache = KVCache.allocate(decoder_config, num_blocks, config.block_size, dtype, device)
+        with _phase(f"adapters ({len(adapters)})", on_phase):
+            shapes = {
+                f"{parent}.{part}": (linear.whole_in_features, width)
+                for parent, linear in adaptable_linears(model)
+                for part, width in linear.whole_parts.items()
+            }
+            weights: dict[str, AdapterWeights] = {
+                adapter.digest: read_adapter(
+                    adapter.folder, adapter.digest, family.rename, shapes, config.max_adapter_rank
+                )
+                for adapter in adapters
+            }
+        runner = ModelRunner(
+            model, kv_cache, max_rows=config.max_num_seqs, max_model_len=max_model_len, adapters=weights
+        )
+        return cls(Scheduler(config, num_blocks=num_blocks, max_model_len=max_model_len), runner)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.scheduler.max_model_len
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats()
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            InvalidRequestError: it cannot be served as it is; nothing else is touched.
+        """
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and gives back what it holds; no output follows."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> StepOutput:
+        """One step: the next batch is scheduled, run and taken in."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return StepOutput((), self.stats)
+        try:
+            tokens = self.runner.run(batch)
+        except Exception as error:
+            # The type alone: the text of a foreign exception may carry what a patient's prompt held.
+            logger.error("A step of %d requests failed: %s", len(batch.rows), type(error).__name__)
+            return StepOutput(self.scheduler.fail(batch, FAULT_MESSAGE), self.stats)
+        return StepOutput(self.scheduler.update(batch, tokens), self.stats)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigurationError(f"There is no device {name!r}. Use auto, cpu or cuda.") from None
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware computes in it, else float32."""
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in dtypes:
+        raise ConfigurationError(f"There is no dtype {name!r}. Use auto, {', '.join(dtypes)}.")
+    if name == "float16" and device.type == "cpu":
+        raise ConfigurationError("float16 is slow and imprecise on a CPU. Use bfloat16 or float32.")
+    return dtypes[name]
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); emulation is slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def plan_context(decoder: DecoderConfig, config: EngineConfig, num_blocks: int, dtype: torch.dtype) -> int:
+    """The longest prompt with its answer: what was asked for, or what the model and the cache hold.
+
+    Raises:
+        ConfigurationError: more was asked for than either holds.
+    """
+    room = num_blocks * config.block_size
+    if config.max_model_len is None:
+        return min(decoder.max_positions, room)
+    if config.max_model_len > decoder.max_positions:
+        raise ConfigurationError(f"--max-model-len is {config.max_model_len}; the model has {decoder.max_positions}.")
+    if config.max_model_len > room:
+        needed = config.max_model_len * bytes_per_token(decoder, dtype)
+        raise ConfigurationError(
+            f"A context of {config.max_model_len} tokens takes {needed} bytes of KV cache; it holds {room} tokens. "
+            "Raise --kv-cache-memory or lower --max-model-len."
+        )
+    return config.max_model_len
+
+
+@contextmanager
+def _phase(name: str, on_phase: OnPhase) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    on_phase(name, time.perf_counter() - began)

@@ -1,0 +1,191 @@
+"""A scheduled batch through the model: images encoded, embeddings spliced, decoder run, tokens drawn.
+
+Every sequence has a permanent row in arrays on the host; a step is gathered from them without a Python
+loop over sequences' tensors.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from vlm_serve.engine.batch import ImageKey, NewRow, PlacedImage, ScheduledBatch
+from vlm_serve.engine.kv_cache import KVCache
+from vlm_serve.engine.sampler import SamplingRows, sample
+from vlm_serve.families.base import VisionLanguageModel
+from vlm_serve.layers.context import AdapterSegment, ForwardContext
+from vlm_serve.layers.linear import Linear
+from vlm_serve.lora.checkpoint import AdapterWeights
+
+NO_ADAPTER = -1
+
+
+class ModelRunner:
+    """The model, its caches' tensors, and the rows of the sequences that run.
+
+    Args:
+        model: weights loaded and packed.
+        kv_cache: the blocks.
+        max_rows, max_model_len: sizes of the row arrays.
+        adapters: in host memory, by digest.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        kv_cache: KVCache,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        adapters: Mapping[str, AdapterWeights],
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.block_size = kv_cache.keys.shape[3]
+        self.device = kv_cache.keys.device
+        self.dtype = kv_cache.keys.dtype
+        self._adapters = adapters
+        self._linears = adaptable_linears(model)
+        self._embeddings: dict[ImageKey, torch.Tensor] = {}
+        max_blocks = -(-max_model_len // self.block_size)
+        self._tokens = np.zeros((max_rows, max_model_len), dtype=np.int64)
+        self._tables = np.zeros((max_rows, max_blocks), dtype=np.int32)
+        self._table_lengths = np.zeros(max_rows, dtype=np.int64)
+        self._images: list[tuple[PlacedImage, ...]] = [()] * max_rows
+        self._prompt_lengths = np.zeros(max_rows, dtype=np.int64)
+        self._adapter_slots = np.full(max_rows, NO_ADAPTER, dtype=np.int64)
+        self._temperature = np.zeros(max_rows)
+        self._top_k = np.zeros(max_rows, dtype=np.int64)
+        self._top_p = np.ones(max_rows)
+        self._draws = np.zeros(max_rows, dtype=np.uint64)
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> np.ndarray:
+        """Computes one step; returns the tokens drawn, int64, for the rows with `batch.samples` in order."""
+        self._take_in(batch)
+        query_start = np.zeros(len(batch.rows) + 1, dtype=np.int32)
+        np.cumsum(batch.counts, out=query_start[1:])
+        flat_rows = np.repeat(batch.rows, batch.counts)
+        positions = np.arange(batch.num_tokens) + np.repeat(batch.starts - query_start[:-1], batch.counts)
+        context = self._context(batch, query_start, flat_rows, positions)
+        embeddings = self._embed(batch, query_start, self._tokens[flat_rows, positions])
+        hidden = self.model.decoder(embeddings, context)
+        sampled = batch.rows[batch.samples]
+        if not len(sampled):
+            return np.empty(0, dtype=np.int64)
+        last = self._put(query_start[1:][batch.samples].astype(np.int64) - 1)
+        lengths = (batch.starts + batch.counts)[batch.samples]
+        logits = self.model.decoder.logits(hidden[last])
+        tokens: np.ndarray = sample(logits, self._sampling(sampled, lengths)).cpu().numpy()
+        fits = lengths < self._tokens.shape[1]  # the very last token is never fed back
+        self._tokens[sampled[fits], lengths[fits]] = tokens[fits]
+        return tokens
+
+    def _take_in(self, batch: ScheduledBatch) -> None:
+        """Brings rows, blocks, adapters and image embeddings to the state that the batch counts on."""
+        for new_row in batch.new_rows:
+            self._start_row(new_row)
+        for row, blocks in zip(batch.rows.tolist(), batch.new_blocks, strict=True):
+            if blocks:
+                length = self._table_lengths[row]
+                self._tables[row, length : length + len(blocks)] = blocks
+                self._table_lengths[row] += len(blocks)
+        for slot, digest in batch.load_adapters:
+            self._load_adapter(slot, self._adapters[digest])
+        for key in batch.evict_images:
+            self._embeddings.pop(key, None)
+        if batch.encode:
+            keys, inputs = zip(*batch.encode, strict=True)
+            self._embeddings.update(zip(keys, self.model.encode_images(inputs), strict=True))
+
+    def _start_row(self, new: NewRow) -> None:
+        row = new.row
+        self._tokens[row, : len(new.token_ids)] = new.token_ids
+        self._table_lengths[row] = 0
+        self._images[row] = new.images
+        self._prompt_lengths[row] = new.prompt_len
+        self._adapter_slots[row] = NO_ADAPTER if new.adapter_slot is None else new.adapter_slot
+        self._temperature[row] = new.sampling.temperature
+        self._top_k[row] = new.sampling.top_k
+        self._top_p[row] = new.sampling.top_p
+        self._draws[row] = new.draw
+
+    def _load_adapter(self, slot: int, weights: AdapterWeights) -> None:
+        for parent, linear in self._linears:
+            parts = {part: weights.modules.get(f"{parent}.{part}") for part in linear.parts}
+            linear.set_adapter(
+                slot,
+                {
+                    part: (pair[0].to(self.device, self.dtype), pair[1].to(self.device, self.dtype))
+                    for part, pair in parts.items()
+                    if pair is not None
+                },
+            )
+
+    def _context(
+        self, batch: ScheduledBatch, query_start: np.ndarray, flat_rows: np.ndarray, positions: np.ndarray
+    ) -> ForwardContext:
+        kv_lengths = batch.starts + batch.counts
+        max_blocks = -(-int(kv_lengths.max()) // self.block_size)
+        blocks = self._tables[flat_rows, positions // self.block_size].astype(np.int64)
+        return ForwardContext(
+            positions=self._put(positions),
+            slot_mapping=self._put(blocks * self.block_size + positions % self.block_size),
+            block_tables=self._put(self._tables[batch.rows, :max_blocks]),
+            kv_lengths=self._put(kv_lengths.astype(np.int32)),
+            query_start=self._put(query_start),
+            max_query_len=int(batch.counts.max()),
+            key_cache=self.kv_cache.keys,
+            value_cache=self.kv_cache.values,
+            adapters=self._segments(self._adapter_slots[flat_rows]),
+        )
+
+    def _segments(self, slots: np.ndarray) -> tuple[AdapterSegment, ...]:
+        return tuple(
+            AdapterSegment(int(slot), self._put((slots == slot).nonzero()[0]))
+            for slot in np.unique(slots)
+            if slot != NO_ADAPTER
+        )
+
+    def _embed(self, batch: ScheduledBatch, query_start: np.ndarray, token_ids: np.ndarray) -> torch.Tensor:
+        """Word embeddings `[T, hidden]`, with the images' own in the place of their placeholders."""
+        is_image = np.zeros(len(token_ids), dtype=bool)
+        pieces = []
+        ends = batch.starts + batch.counts
+        for index, row in enumerate(batch.rows.tolist()):
+            for image in self._images[row]:
+                begin = max(image.offset, int(batch.starts[index]))
+                end = min(image.offset + image.length, int(ends[index]))
+                if begin < end:
+                    shift = int(query_start[index] - batch.starts[index])
+                    is_image[begin + shift : end + shift] = True
+                    pieces.append(self._embeddings[image.key][begin - image.offset : end - image.offset])
+        # A placeholder may be a token past the vocabulary; it is never looked up.
+        embeddings = self.model.decoder.embed(self._put(np.where(is_image, 0, token_ids)))
+        if pieces:
+            embeddings[self._put(is_image)] = torch.cat(pieces)
+        return embeddings
+
+    def _sampling(self, rows: np.ndarray, lengths: np.ndarray) -> SamplingRows:
+        return SamplingRows(
+            temperature=self._temperature[rows],
+            top_k=self._top_k[rows],
+            top_p=self._top_p[rows],
+            draws=self._draws[rows],
+            indices=lengths - self._prompt_lengths[rows],
+        )
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def adaptable_linears(model: VisionLanguageModel) -> list[tuple[str, Linear]]:
+    """The layers that can take an adapter, each with the canonical path of the module that holds it: those
+    of the decoder's blocks. The output head is none: it may share its weight with the word embeddings.
+    """
+    return [
+        (path.rpartition(".")[0], module)
+        for path, module in model.named_modules()
+        if isinstance(module, Linear) and path.startswith("decoder.layers.")
+    ]

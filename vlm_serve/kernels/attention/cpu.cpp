@@ -1,0 +1,371 @@
+// Causal attention of a ragged batch over the paged KV cache. Contract: dispatch.paged_attention.
+//
+// A task is a run of a sequence's query tokens with the query heads of one key/value head: a tile of rows. It walks
+// the keys from position 0 in blocks of KEYS with an online softmax (arXiv 2205.14135), converting each block of keys
+// and values to float32 once for all of its rows. Every row goes through the same operations in the same order
+// wherever it stands in a tile, so a result depends neither on the batch nor on how a prefill was cut.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "vector.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int KEYS = 64;        // keys in a block
+constexpr int TILE_ROWS = 96;   // rows in a tile, at least the query heads of one key/value head
+#if defined(__AVX512F__)
+constexpr int MICRO_ROWS = 6, MICRO_VECTORS = 4;  // accumulators that fit the registers
+#else
+constexpr int MICRO_ROWS = 4, MICRO_VECTORS = 2;
+#endif
+
+struct Task {
+  int64_t sequence, kv_head, first_token, tokens, first_position;
+};
+
+template <typename T>
+struct Batch {
+  const T* query;
+  const T* key_cache;
+  const T* value_cache;
+  T* out;
+  const int32_t* block_tables;
+  int64_t query_token_stride, query_head_stride, block_table_stride;
+  int64_t heads, kv_heads, group, head_dim, padded_dim, block_size;
+  float scale;
+};
+
+// Floats of a thread's own, aligned to cache lines, kept between calls.
+class Scratch {
+ public:
+  float* take(size_t count) {
+    float* const taken = next_;
+    next_ += (count + 15) / 16 * 16;
+    return taken;
+  }
+  void reserve(size_t count) {
+    if (buffer_.size() < count + 16) buffer_.resize(count + 16);
+    const auto address = reinterpret_cast<uintptr_t>(buffer_.data());
+    next_ = reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<float> buffer_;
+  float* next_ = nullptr;
+};
+
+// C[ROWS, VECTORS * LANES] += A[ROWS, depth] B[depth, VECTORS * LANES]
+template <int ROWS, int VECTORS>
+inline void multiply_micro(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  Floats sums[ROWS][VECTORS];
+  for (int row = 0; row < ROWS; ++row)
+    for (int vector = 0; vector < VECTORS; ++vector) sums[row][vector] = load(c + row * ldc + vector * LANES);
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats columns[VECTORS];
+    for (int vector = 0; vector < VECTORS; ++vector) columns[vector] = load(b + k * ldb + vector * LANES);
+    for (int row = 0; row < ROWS; ++row) {
+      const Floats factor = broadcast(a[row * lda + k]);
+      for (int vector = 0; vector < VECTORS; ++vector) sums[row][vector] += factor * columns[vector];
+    }
+  }
+  for (int row = 0; row < ROWS; ++row)
+    for (int vector = 0; vector < VECTORS; ++vector) store(c + row * ldc + vector * LANES, sums[row][vector]);
+}
+
+template <int VECTORS>
+void multiply_columns(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                      int64_t ldc) {
+  for (; rows >= MICRO_ROWS; rows -= MICRO_ROWS, a += MICRO_ROWS * lda, c += MICRO_ROWS * ldc)
+    multiply_micro<MICRO_ROWS, VECTORS>(depth, a, lda, b, ldb, c, ldc);
+  switch (rows) {
+    case 5: return multiply_micro<5, VECTORS>(depth, a, lda, b, ldb, c, ldc);
+    case 4: return multiply_micro<4, VECTORS>(depth, a, lda, b, ldb, c, ldc);
+    case 3: return multiply_micro<3, VECTORS>(depth, a, lda, b, ldb, c, ldc);
+    case 2: return multiply_micro<2, VECTORS>(depth, a, lda, b, ldb, c, ldc);
+    case 1: return multiply_micro<1, VECTORS>(depth, a, lda, b, ldb, c, ldc);
+  }
+}
+
+// C[rows, columns] += A[rows, depth] B[depth, columns]; columns is a multiple of LANES.
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+              float* c, int64_t ldc) {
+  int64_t column = 0;
+  for (; column + MICRO_VECTORS * LANES <= columns; column += MICRO_VECTORS * LANES)
+    multiply_columns<MICRO_VECTORS>(rows, depth, a, lda, b + column, ldb, c + column, ldc);
+  for (; column < columns; column += LANES)
+    multiply_columns<1>(rows, depth, a, lda, b + column, ldb, c + column, ldc);
+}
+
+#if defined(__AVX512F__)
+// 16 rows of 32-bit words, from each those that the mask names -> 16 columns.
+inline void transpose_words(const void* const* rows, int64_t word, __mmask16 mask, __m512i* columns) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, static_cast<const int32_t*>(rows[i]) + word);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 16; j += 8) {
+      b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
+      b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+    }
+  for (int i = 0; i < 8; ++i) {
+    columns[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+    columns[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+  }
+}
+
+inline void store_columns(__m512i column, int64_t word, float* to, float) {
+  _mm512_storeu_si512(to + word * KEYS, column);
+}
+
+inline void store_columns(__m512i column, int64_t word, float* to, BFloat16) {
+  _mm512_storeu_si512(to + 2 * word * KEYS, _mm512_slli_epi32(column, 16));
+  _mm512_storeu_si512(to + (2 * word + 1) * KEYS, _mm512_and_si512(column, _mm512_set1_epi32(0xffff0000)));
+}
+#endif
+
+// rows[KEYS] of head_dim -> to[head_dim, KEYS] in float32.
+template <typename T>
+void transpose_keys(const T* const* rows, int64_t head_dim, float* to) {
+  int64_t done = 0;
+#if defined(__AVX512F__)
+  const int64_t words = head_dim * static_cast<int64_t>(sizeof(T)) / 4;
+  for (int64_t word = 0; word < words; word += 16) {
+    const auto count = std::min<int64_t>(16, words - word);
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    for (int key = 0; key < KEYS; key += 16) {
+      __m512i columns[16];
+      transpose_words(reinterpret_cast<const void* const*>(rows + key), word, mask, columns);
+      for (int64_t i = 0; i < count; ++i) store_columns(columns[i], word + i, to + key, T{});
+    }
+  }
+  done = words * 4 / static_cast<int64_t>(sizeof(T));
+#endif
+  for (int key = 0; key < KEYS; ++key)
+    for (int64_t d = done; d < head_dim; ++d) to[d * KEYS + key] = to_float(rows[key][d]);
+}
+
+// rows[KEYS] of head_dim -> to[KEYS, padded_dim] in float32; the padding of `to` is left as it is.
+template <typename T>
+void convert_values(const T* const* rows, int64_t head_dim, int64_t padded_dim, float* to) {
+  for (int key = 0; key < KEYS; ++key) {
+    int64_t d = 0;
+    for (; d + LANES <= head_dim; d += LANES) store(to + key * padded_dim + d, load(rows[key] + d));
+    for (; d < head_dim; ++d) to[key * padded_dim + d] = to_float(rows[key][d]);
+  }
+}
+
+// Turns a row's scores into weights; `visible` of the block's keys are not in the row's future.
+inline void softmax_block(float* scores, int64_t visible, float* maximum_so_far, float* sums, float* out, int64_t width) {
+  Floats lane_index;
+  for (int lane = 0; lane < LANES; ++lane) lane_index[lane] = static_cast<float>(lane);
+  Floats highest = broadcast(-std::numeric_limits<float>::infinity());
+  for (int key = 0; key < KEYS; key += LANES) {
+    const Floats seen = lane_index + static_cast<float>(key) < static_cast<float>(visible)
+                            ? load(scores + key)
+                            : broadcast(-std::numeric_limits<float>::infinity());
+    store(scores + key, seen);
+    highest = maximum(highest, seen);
+  }
+  const float before = *maximum_so_far;
+  const float now = std::max(before, maximum_of_lanes(highest));
+  Floats sum = load(sums);
+  if (now > before) {
+    const Floats rescale = exp2_of_negative(broadcast(before - now));
+    sum *= rescale;
+    for (int64_t d = 0; d < width; d += LANES) store(out + d, load(out + d) * rescale);
+    *maximum_so_far = now;
+  }
+  for (int key = 0; key < KEYS; key += LANES) {
+    const Floats weight = exp2_of_negative(load(scores + key) - now);
+    store(scores + key, weight);
+    sum += weight;
+  }
+  store(sums, sum);
+}
+
+template <typename T>
+void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
+  const int64_t dim = batch.head_dim, padded = batch.padded_dim, rows = task.tokens * batch.group;
+  scratch.reserve(rows * (dim + padded + KEYS + LANES + 1) + KEYS * (dim + padded) + dim + 8 * 16);
+  float* const queries = scratch.take(rows * dim);
+  float* const out = scratch.take(rows * padded);
+  float* const scores = scratch.take(rows * KEYS);
+  float* const sums = scratch.take(rows * LANES);
+  float* const maxima = scratch.take(rows);
+  float* const keys = scratch.take(KEYS * dim);
+  float* const values = scratch.take(KEYS * padded);
+  const T* const zeros = reinterpret_cast<const T*>(scratch.take(dim));
+  std::fill_n(const_cast<T*>(zeros), dim, T{});
+  std::fill_n(out, rows * padded, 0.0f);
+  std::fill_n(sums, rows * LANES, 0.0f);
+  std::fill_n(maxima, rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(values, KEYS * padded, 0.0f);
+
+  // The softmax is taken to base 2, which is cheaper: 2**(x log2 e) = e**x.
+  const float scale = batch.scale * 1.44269504088896340736f;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t token = task.first_token + row / batch.group;
+    const int64_t head = task.kv_head * batch.group + row % batch.group;
+    const T* from = batch.query + token * batch.query_token_stride + head * batch.query_head_stride;
+    for (int64_t d = 0; d < dim; ++d) queries[row * dim + d] = to_float(from[d]) * scale;
+  }
+
+  const int32_t* const table = batch.block_tables + task.sequence * batch.block_table_stride;
+  const int64_t length = task.first_position + task.tokens;  // keys that the tile's last token sees
+  for (int64_t first_key = 0; first_key < length; first_key += KEYS) {
+    // Rows past the length are never read: the cache's memory there may hold anything.
+    const T *key_rows[KEYS], *value_rows[KEYS];
+    for (int key = 0; key < KEYS; ++key) {
+      const int64_t position = first_key + key;
+      if (position < length) {
+        const int64_t page = table[position / batch.block_size] * batch.kv_heads + task.kv_head;
+        const int64_t offset = (page * batch.block_size + position % batch.block_size) * dim;
+        key_rows[key] = batch.key_cache + offset;
+        value_rows[key] = batch.value_cache + offset;
+      } else {
+        key_rows[key] = value_rows[key] = zeros;
+      }
+    }
+    transpose_keys(key_rows, dim, keys);
+    std::fill_n(scores, rows * KEYS, 0.0f);
+    multiply(rows, KEYS, dim, queries, dim, keys, KEYS, scores, KEYS);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t visible = task.first_position + row / batch.group + 1 - first_key;
+      softmax_block(scores + row * KEYS, visible, maxima + row, sums + row * LANES, out + row * padded, padded);
+    }
+    convert_values(value_rows, dim, padded, values);
+    multiply(rows, padded, KEYS, scores, KEYS, values, padded, out, padded);
+  }
+
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t token = task.first_token + row / batch.group;
+    const int64_t head = task.kv_head * batch.group + row % batch.group;
+    T* to = batch.out + (token * batch.heads + head) * dim;
+    const float inverse = 1.0f / sum_of_lanes(load(sums + row * LANES));
+    for (int64_t d = 0; d < dim; ++d) round_to(out[row * padded + d] * inverse, to + d);
+  }
+}
+
+std::vector<Task> tasks_of(const int32_t* query_start, const int32_t* kv_lengths, int64_t sequences, int64_t kv_heads,
+                           int64_t group) {
+  const int64_t tile_tokens = std::max<int64_t>(1, TILE_ROWS / group);
+  std::vector<Task> tasks;
+  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+    const int64_t start = query_start[sequence], end = query_start[sequence + 1];
+    const int64_t first_position = kv_lengths[sequence] - (end - start);
+    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head)
+      for (int64_t token = start; token < end; token += tile_tokens)
+        tasks.push_back({sequence, kv_head, token, std::min(tile_tokens, end - token), first_position + token - start});
+  }
+  return tasks;
+}
+
+template <typename T>
+void run(const Batch<T>& batch, const std::vector<Task>& tasks) {
+  // Tasks differ widely in cost (a decode, a long prefill), so threads take the next one as they come free.
+  std::atomic<size_t> next{0};
+  const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(tasks.size()));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    static thread_local Scratch scratch;
+    for (size_t i = next.fetch_add(1); i < tasks.size(); i = next.fetch_add(1)) attend(batch, tasks[i], scratch);
+  });
+}
+
+const int32_t* indices(const Tensor& tensor, int64_t count, const char* what) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 && tensor.is_contiguous() &&
+                      tensor.numel() == count,
+                  what);
+  return static_cast<const int32_t*>(tensor.data_ptr());
+}
+
+template <typename T>
+void paged_attention_of(const Tensor& out, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                        const Tensor& block_tables, const Tensor& kv_lengths, const Tensor& query_start, double scale) {
+  const int64_t sequences = block_tables.size(0);
+  const int32_t* lengths = indices(kv_lengths, sequences, "kv_lengths must be int32 [sequences]");
+  const int32_t* starts = indices(query_start, sequences + 1, "query_start must be int32 [sequences + 1]");
+  Batch<T> batch;
+  batch.query = static_cast<const T*>(query.data_ptr());
+  batch.key_cache = static_cast<const T*>(key_cache.data_ptr());
+  batch.value_cache = static_cast<const T*>(value_cache.data_ptr());
+  batch.out = static_cast<T*>(out.data_ptr());
+  batch.block_tables = static_cast<const int32_t*>(block_tables.data_ptr());
+  batch.query_token_stride = query.stride(0);
+  batch.query_head_stride = query.stride(1);
+  batch.block_table_stride = block_tables.stride(0);
+  batch.heads = query.size(1);
+  batch.kv_heads = key_cache.size(1);
+  batch.group = batch.heads / batch.kv_heads;
+  batch.head_dim = query.size(2);
+  batch.padded_dim = (batch.head_dim + LANES - 1) / LANES * LANES;
+  batch.block_size = key_cache.size(2);
+  batch.scale = static_cast<float>(scale);
+
+  const int64_t tokens = query.size(0), blocks = key_cache.size(0);
+  int64_t granted = 0;
+  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+    const int64_t count = starts[sequence + 1] - starts[sequence], pages = (lengths[sequence] + batch.block_size - 1) / batch.block_size;
+    STD_TORCH_CHECK(starts[sequence] == granted && count >= 0 && count <= lengths[sequence] && starts[sequence + 1] <= tokens,
+                    "query_start must be prefix sums of the tokens granted");
+    STD_TORCH_CHECK(pages <= block_tables.size(1), "a sequence is longer than its block table");
+    for (int64_t page = 0; page < pages; ++page) {
+      const int32_t block = batch.block_tables[sequence * batch.block_table_stride + page];
+      STD_TORCH_CHECK(block >= 0 && block < blocks, "a block table names a block that the cache does not have");
+    }
+    granted = starts[sequence + 1];
+  }
+  const int64_t row = batch.heads * batch.head_dim;
+  std::fill(batch.out + granted * row, batch.out + tokens * row, T{});
+  run(batch, tasks_of(starts, lengths, sequences, batch.kv_heads, batch.group));
+}
+
+void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                     const Tensor& block_tables, const Tensor& kv_lengths, const Tensor& query_start, double scale) {
+  const ScalarType dtype = query.scalar_type();
+  STD_TORCH_CHECK(out.scalar_type() == dtype && key_cache.scalar_type() == dtype && value_cache.scalar_type() == dtype,
+                  "query, caches and output must be of one dtype");
+  STD_TORCH_CHECK(query.dim() == 3 && key_cache.dim() == 4 && query.size(2) == key_cache.size(3) &&
+                      query.size(1) % key_cache.size(1) == 0,
+                  "query must be [tokens, heads, head_dim], the caches [blocks, kv_heads, block_size, head_dim]");
+  STD_TORCH_CHECK(query.size(2) == 1 || query.stride(2) == 1, "the head dimension must be contiguous");
+  STD_TORCH_CHECK(out.is_contiguous() && key_cache.is_contiguous() && value_cache.is_contiguous() &&
+                      key_cache.numel() == value_cache.numel(),
+                  "output and caches must be contiguous");
+  STD_TORCH_CHECK(block_tables.scalar_type() == ScalarType::Int && block_tables.dim() == 2 &&
+                      (block_tables.size(1) <= 1 || block_tables.stride(1) == 1),
+                  "block_tables must be int32 [sequences, blocks]");
+  if (dtype == ScalarType::Float)
+    paged_attention_of<float>(out, query, key_cache, value_cache, block_tables, kv_lengths, query_start, scale);
+  else if (dtype == ScalarType::BFloat16)
+    paged_attention_of<BFloat16>(out, query, key_cache, value_cache, block_tables, kv_lengths, query_start, scale);
+  else
+    STD_TORCH_CHECK(false, "paged_attention on a CPU takes float32 and bfloat16");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vlm_serve, m) {
+  m.def(
+      "paged_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, "
+      "Tensor kv_lengths, Tensor query_start, float scale) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vlm_serve, CPU, m) { m.impl("paged_attention", TORCH_BOX(&paged_attention)); }

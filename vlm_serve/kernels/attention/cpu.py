@@ -1,0 +1,24 @@
+"""Paged causal attention on a CPU by the C++ operator of `cpu.cpp`."""
+
+import torch
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    query_start: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """As `dispatch.paged_attention`, float32 or bfloat16; `cpp_library.load()` comes first.
+
+    A sequence's result is the same to the bit whatever else is in the batch and however its prefill is cut.
+    """
+    out = torch.empty(query.shape, dtype=query.dtype)
+    torch.ops.vlm_serve.paged_attention(
+        out, query, key_cache, value_cache, block_tables, kv_lengths, query_start, scale
+    )
+    return out

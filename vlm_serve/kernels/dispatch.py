@@ -1,0 +1,106 @@
+"""The operations that layers call, and the one place that chooses their implementation.
+
+CUDA tensors go to Triton. On a CPU float32 and bfloat16 go to the C++ operators, built at first use, and to
+batched torch where they cannot be built.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from vlm_serve.kernels import cpp_library
+from vlm_serve.kernels.attention import cpu as attention_cpu
+from vlm_serve.kernels.attention import torch_batched as attention_torch
+from vlm_serve.kernels.kv_cache import cpu as kv_cache_cpu
+from vlm_serve.kernels.kv_cache import reference as kv_cache_torch
+from vlm_serve.kernels.linear import OneDnnLinear, PackedLinear, PlainLinear
+from vlm_serve.kernels.lora import reference as lora_torch
+from vlm_serve.kernels.lora.reference import Segment
+
+CPP_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def prepare(device: torch.device) -> None:
+    """Builds what `device` needs, seconds the first time on a machine, so that no request waits for it."""
+    if device.type == "cpu":
+        cpp_library.load()
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    query_start: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+) -> torch.Tensor:
+    """Causal attention of a ragged batch over the paged cache, prefill chunks and decodes together.
+
+    Args:
+        query: `[T, heads, head_dim]`; heads may be any multiple of the cache's (GQA, arXiv 2305.13245).
+        key_cache, value_cache: `[blocks, kv_heads, block_size, head_dim]`, of the query's dtype.
+        block_tables: int32 `[S, max_blocks]`; entries past a sequence's length are not read.
+        kv_lengths: int32 `[S]`, the keys present, this step's among them.
+        query_start: int32 `[S + 1]`, prefix sums of the tokens granted. Query i of a sequence stands at
+            position `kv_length - granted + i`.
+        scale: factor of the scores before the softmax.
+        max_query_len: the most tokens granted to one sequence.
+
+    Returns:
+        `[T, heads, head_dim]` of the query's dtype. Tokens past `query_start[-1]` are padding; their output is
+        finite and means nothing.
+    """
+    tensors = (query, key_cache, value_cache, block_tables, kv_lengths, query_start)
+    if query.device.type == "cuda":
+        from vlm_serve.kernels.attention import triton_kernel
+
+        return triton_kernel.paged_attention(*tensors, scale=scale, max_query_len=max_query_len)
+    if query.dtype in CPP_DTYPES and cpp_library.load():
+        return attention_cpu.paged_attention(*tensors, scale=scale)
+    return attention_torch.paged_attention(*tensors, scale=scale)
+
+
+def write_kv_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Writes this step's keys and values `[T, kv_heads, head_dim]` into their slots of the cache.
+
+    Args:
+        key_cache, value_cache: `[blocks, kv_heads, block_size, head_dim]`, changed in place.
+        slot_mapping: int64 `[T]`, `block * block_size + offset`, each slot at most once; -1 writes nothing.
+    """
+    if key.device.type == "cuda":
+        from vlm_serve.kernels.kv_cache import triton_kernel
+
+        triton_kernel.write_kv_cache(key, value, key_cache, value_cache, slot_mapping)
+    elif key.dtype in CPP_DTYPES and cpp_library.load():
+        kv_cache_cpu.write_kv_cache(key, value, key_cache, value_cache, slot_mapping)
+    else:
+        kv_cache_torch.write_kv_cache(key, value, key_cache, value_cache, slot_mapping)
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+    """A linear layer of `weight [out, in]` and `bias [out]` in the form that its device computes fastest in.
+
+    The packed form on a CPU is a copy: the caller drops `weight` unless something else needs it.
+    """
+    return OneDnnLinear(weight, bias) if OneDnnLinear.takes(weight) else PlainLinear(weight, bias)
+
+
+def apply_lora(out: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment]) -> None:
+    """Adds each adapter's update `B (A x)` to the tokens that have it, in place.
+
+    Args:
+        out: `[T, out_features]`.
+        x: `[T, in_features]`.
+        segments: for each adapter its tokens, int64 `[n]`, and its `A [r, in]` and `B [out, r]`, the scaling
+            folded into B; ranks may differ. A token has one adapter at most.
+    """
+    lora_torch.apply_lora(out, x, segments)

@@ -1,0 +1,5 @@
+"""Linear layers in the form that their device computes fastest in."""
+
+from vlm_serve.kernels.linear.packed import OneDnnLinear, PackedLinear, PlainLinear
+
+__all__ = ["OneDnnLinear", "PackedLinear", "PlainLinear"]

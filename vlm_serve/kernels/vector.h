@@ -1,0 +1,84 @@
+// Vectors of floats in the width of the machine, as GCC and Clang write them; for the C++ operators.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+inline Floats load(const float* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
+inline void store(float* to, Floats value) { *reinterpret_cast<UnalignedFloats*>(to) = value; }
+inline Floats broadcast(float value) { return Floats{} + value; }
+inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float sum_of_lanes(Floats value) {
+  float lanes[LANES];
+  store(lanes, value);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  return lanes[0];
+}
+
+inline float maximum_of_lanes(Floats value) {
+  float lanes[LANES];
+  store(lanes, value);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] = lanes[lane] > lanes[lane + width] ? lanes[lane] : lanes[lane + width];
+  return lanes[0];
+}
+
+// 2**x for x <= 0, to 1e-7; exactly 1 at 0, and exactly 0 below 2**-126 and at -infinity.
+inline Floats exp2_of_negative(Floats x) {
+  const Floats to_integer = broadcast(12582912.0f);  // 1.5 * 2**23: adding it rounds to the nearest integer
+  const Floats whole = (x + to_integer) - to_integer;
+  const Floats part = x - whole;
+  Floats power = broadcast(0.00015353362f);
+  power = power * part + 0.0013398875f;
+  power = power * part + 0.0096184369f;
+  power = power * part + 0.0555033237f;
+  power = power * part + 0.2402264774f;
+  power = power * part + 0.6931471825f;
+  power = power * part + 1.0f;
+  const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
+  const Floats result = power * reinterpret_cast<const Floats&>(exponent);
+  return x < -126.0f ? Floats{} : result;
+}
+
+// bfloat16 is the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) {
+  const uint32_t word = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &word, sizeof result);
+  return result;
+}
+
+inline Floats load(const BFloat16* from) {
+  const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
+  return reinterpret_cast<const Floats&>(words);
+}
+
+inline void round_to(float value, float* to) { *to = value; }
+inline void round_to(float value, BFloat16* to) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  // To the nearest, ties to even; a NaN stays one.
+  to->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}

@@ -1,0 +1,67 @@
+"""Self-attention over the paged KV cache."""
+
+import torch
+from torch import nn
+
+from vlm_serve.kernels import dispatch
+from vlm_serve.layers.context import ForwardContext
+from vlm_serve.layers.linear import Linear
+from vlm_serve.layers.parallel import SINGLE, TensorParallel
+from vlm_serve.layers.rotary import rotate
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key/value heads (GQA, arXiv 2305.13245)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        layer: int,
+        bias: bool,
+        parallel: TensorParallel = SINGLE,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = parallel.share(num_heads)
+        self.num_kv_heads = parallel.share(num_kv_heads)
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
+        kv_size = num_kv_heads * head_dim
+        self.qkv_proj = Linear(
+            hidden_size,
+            {"q_proj": num_heads * head_dim, "k_proj": kv_size, "v_proj": kv_size},
+            bias=bias,
+            parallel=parallel,
+        )
+        self.o_proj = Linear(
+            num_heads * head_dim, {"o_proj": hidden_size}, bias=bias, split="row", parallel=parallel
+        )
+
+    def forward(
+        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], context: ForwardContext
+    ) -> torch.Tensor:
+        """hidden `[T, hidden_size]` -> the same shape; writes this step's keys and values into the cache."""
+        query_and_key, value = self.qkv_proj(hidden, context.adapters).split(
+            [(self.num_heads + self.num_kv_heads) * self.head_dim, self.num_kv_heads * self.head_dim], dim=-1
+        )
+        rotated = rotate(query_and_key.unflatten(-1, (-1, self.head_dim)), *rotation)
+        query, key = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
+        key_cache, value_cache = context.key_cache[self.layer], context.value_cache[self.layer]
+        dispatch.write_kv_cache(
+            key, value.unflatten(-1, (-1, self.head_dim)), key_cache, value_cache, context.slot_mapping
+        )
+        attended = dispatch.paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            context.block_tables,
+            context.kv_lengths,
+            context.query_start,
+            scale=self.scale,
+            max_query_len=context.max_query_len,
+        )
+        return self.o_proj(attended.flatten(1), context.adapters)  # type: ignore[no-any-return]

@@ -1,0 +1,42 @@
+"""`ForwardContext`: what a forward pass needs beside its tokens, passed explicitly down the layers.
+
+A batch is ragged: the tokens of all sequences lie end to end on one axis of length T, with no padding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSegment:
+    """The tokens of one adapter in a batch: its device slot and their indices, int64 `[n]`."""
+
+    slot: int
+    token_index: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """One step's batch of S sequences and T tokens.
+
+    Args:
+        positions: int64 `[T]`, the position of each token in its sequence.
+        slot_mapping: int64 `[T]`, where each token's key and value go: `block * block_size + offset`.
+        block_tables: int32 `[S, max_blocks]`, each sequence's blocks in order.
+        kv_lengths: int32 `[S]`, keys present once this step's are written.
+        query_start: int32 `[S + 1]`, prefix sums of the tokens granted to each sequence.
+        max_query_len: the most tokens granted to one sequence.
+        key_cache, value_cache: `[layers, blocks, kv_heads, block_size, head_dim]`.
+        adapters: the tokens that an adapter applies to; empty for a step of base requests alone.
+    """
+
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    kv_lengths: torch.Tensor
+    query_start: torch.Tensor
+    max_query_len: int
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    adapters: tuple[AdapterSegment, ...] = ()

@@ -1,0 +1,106 @@
+"""The engine's own process: messages in, steps, messages out.
+
+Started as `python -m vlm_serve.serving.engine_process FD`, with one end of a socket pair. It ends when the
+other end closes.
+"""
+
+import logging
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from vlm_serve.engine.engine import Engine
+from vlm_serve.errors import ConfigurationError, InputError
+from vlm_serve.families import load_family
+from vlm_serve.serving.channel import Channel, ChannelClosedError, decode, encode
+from vlm_serve.serving.messages import (
+    Abort,
+    Add,
+    Admitted,
+    FromEngine,
+    Phase,
+    Ping,
+    Pong,
+    Ready,
+    Refused,
+    Start,
+    StartFailed,
+    Step,
+    ToEngine,
+)
+
+Inbox = queue.SimpleQueue[ToEngine | None]
+"""Messages in order; None once the server has closed its end."""
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        serve(channel)
+    except ChannelClosedError:
+        pass  # the server is gone, and with it everybody who could want an answer
+
+
+def serve(channel: Channel) -> None:
+    """Builds the engine that the first message asks for and runs it until the channel closes."""
+
+    def say(message: FromEngine) -> None:
+        channel.send(encode(message))
+
+    start = decode(channel.recv()[0], Start)
+    try:
+        engine = Engine.build(
+            load_family(Path(start.folder)),
+            start.model,
+            start.engine,
+            start.adapters,
+            on_phase=lambda name, seconds: say(Phase(name, seconds)),
+        )
+    except ConfigurationError as error:
+        say(StartFailed(str(error)))
+        return
+    say(Ready(engine.max_model_len))
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
+    while True:
+        if not _take_messages(engine, inbox, say):
+            return
+        if engine.has_work:
+            output = engine.step()
+            if output.outputs:
+                say(Step(output))
+
+
+def _read(channel: Channel, inbox: Inbox) -> None:
+    try:
+        while True:
+            inbox.put(decode(channel.recv()[0], ToEngine))
+    except ChannelClosedError:
+        inbox.put(None)
+
+
+def _take_messages(engine: Engine, inbox: Inbox, say: Callable[[FromEngine], None]) -> bool:
+    """Handles what has arrived, waiting for something if the engine is idle; False once the server is gone."""
+    while not (engine.has_work and inbox.empty()):
+        match inbox.get():
+            case None:
+                return False
+            case Add(request):
+                try:
+                    engine.add(request)
+                    say(Admitted(request.request_id))
+                except InputError as error:
+                    say(Refused(request.request_id, type(error).__name__, str(error), error.param))
+            case Abort(request_id):
+                engine.abort(request_id)
+            case Ping(number):
+                say(Pong(number, engine.stats))
+    return True
+
+
+if __name__ == "__main__":
+    main()

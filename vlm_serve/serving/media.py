@@ -1,0 +1,118 @@
+"""Content parts as users write them, online and offline, into the engine's nouns.
+
+Base64 is decoded and a URL's scheme is judged here; what the bytes are is found out by the decode worker.
+"""
+
+import binascii
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlm_serve.errors import InvalidRequestError
+from vlm_serve.types import ChatInput, ChatMessage, ImagePart, TextPart
+
+DICOM = "application/dicom"
+SNIFF = "application/octet-stream"
+MEDIA_TYPES = (DICOM, "image/png", "image/jpeg")
+"""What a data URL may declare itself to be."""
+
+_DATA_URL_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.+-]+=[\w.+-]+)*;base64", re.ASCII | re.IGNORECASE)
+_MAX_HEAD = 256
+
+
+def from_data_url(url: str, param: str) -> ImagePart:
+    """The file inside `data:MEDIA-TYPE;base64,DATA`; `param` names the field in an error.
+
+    Raises:
+        InvalidRequestError: another scheme, a media type that is not served, or text that is not base64.
+    """
+    if url[:5].lower() != "data:":
+        raise InvalidRequestError(
+            "Remote images are not fetched. Send the file itself: data:image/png;base64,… or "
+            "data:application/dicom;base64,…",
+            param=param,
+        )
+    comma = url.find(",", 0, _MAX_HEAD)
+    match = _DATA_URL_HEAD.fullmatch(url, 0, comma) if comma > 0 else None
+    if match is None:
+        raise InvalidRequestError("The data URL must read data:MEDIA-TYPE;base64,DATA.", param=param)
+    media_type = match.group(1).lower()
+    media_type = "image/jpeg" if media_type == "image/jpg" else media_type
+    if media_type not in MEDIA_TYPES:
+        raise InvalidRequestError(f"The media type must be one of {', '.join(MEDIA_TYPES)}.", param=param)
+    return ImagePart(from_base64(url[comma + 1 :], param), media_type)
+
+
+def from_base64(encoded: str, param: str) -> bytes:
+    """Strict base64 to bytes.
+
+    Raises:
+        InvalidRequestError: it is not base64, or empty.
+    """
+    try:
+        data = binascii.a2b_base64(encoded, strict_mode=True)
+    except ValueError:  # binascii.Error, or a character beyond ASCII
+        raise InvalidRequestError(
+            "The data is not valid base64 (standard alphabet, padded, without line breaks).", param=param
+        ) from None
+    if not data:
+        raise InvalidRequestError("The file is empty.", param=param)
+    return data
+
+
+def read_conversation(messages: Sequence[Mapping[str, Any]]) -> ChatInput:
+    """A conversation as `LLM.chat` takes it: OpenAI's messages, whose parts may also be
+    `{"type": "image", "image": PIL image, path or bytes}`.
+
+    Raises:
+        InvalidRequestError: names the part that cannot be read.
+    """
+    if not messages:
+        raise InvalidRequestError("The conversation has no messages.", param="messages")
+    chat = []
+    for index, message in enumerate(messages):
+        content = message.get("content") or ()
+        if isinstance(content, str):
+            content = ({"type": "text", "text": content},)
+        parts = tuple(
+            _read_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content)
+        )
+        chat.append(ChatMessage(str(message.get("role", "user")), parts))
+    return ChatInput(tuple(chat))
+
+
+def _read_part(part: Mapping[str, Any], param: str) -> TextPart | ImagePart:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return TextPart(text)
+        case {"type": "image_url", "image_url": {"url": str(url)}}:
+            return from_data_url(url, param)
+        case {"type": "dicom", "dicom": {"data": str(data)}}:
+            return ImagePart(from_base64(data, param), DICOM)
+        case {"type": "image", "image": image}:
+            return ImagePart(_read_image(image, param), SNIFF)
+    raise InvalidRequestError(
+        "A part must be of type text, image_url, dicom, or image with a PIL image, a path or bytes.", param=param
+    )
+
+
+def _read_image(image: Any, param: str) -> bytes:
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        # PNG is lossless; what it cannot hold (CMYK, float) becomes RGB first.
+        (image if image.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else image.convert("RGB")).save(
+            buffer, format="PNG"
+        )
+        return buffer.getvalue()
+    if isinstance(image, str | Path):
+        try:
+            return Path(image).read_bytes()
+        except OSError:
+            raise InvalidRequestError("The image file cannot be read. Check its path.", param=param) from None
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    raise InvalidRequestError("An image must be a PIL image, a path or bytes.", param=param)
