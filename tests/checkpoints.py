@@ -6,7 +6,7 @@ Nothing is downloaded: the tokenizer is trained here, on a few words, with real 
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -122,7 +122,7 @@ def make_llava(
     folder: Path,
     vision: str = "clip",
     *,
-    hub_names: bool = False,
+    names: Literal["saved", "hub", "in_memory"] = "saved",
     sharded: bool = False,
     feature_layer: int | list[int] = -2,
     strategy: str | None = None,
@@ -135,7 +135,8 @@ def make_llava(
     Args:
         folder: made if need be.
         vision: "clip" or "siglip".
-        hub_names: weights under the names of the hub's older checkpoints (`language_model.model.…`).
+        names: of the weights. "saved" is what `save_pretrained` writes, "hub" what the older checkpoints have
+            (`vision_tower.vision_model.…`), "in_memory" the modules' own (`model.language_model.…`).
         sharded: several safetensors files with an index.
         strategy: `vision_feature_select_strategy`; None is the one that suits the tower.
         text_changes: fields of the text config that differ from `tiny_text_config`.
@@ -154,8 +155,9 @@ def make_llava(
     model = LlavaForConditionalGeneration(config).eval()
     for parameter in model.parameters():  # norms of ones and biases of zero would hide a wrong name
         parameter.data += 0.02 * torch.randn_like(parameter)
-    model.save_pretrained(folder, max_shard_size="100KB" if sharded else "1GB")
-    if hub_names:
+    shard_size = "100KB" if sharded else "1GB"
+    model.save_pretrained(folder, max_shard_size=shard_size, save_original_format=names != "in_memory")
+    if names == "hub":
         _rename_as_on_the_hub(folder)
     size = {"height": 28, "width": 28}
     image_processor = (
@@ -175,20 +177,10 @@ def make_llava(
 
 
 def _rename_as_on_the_hub(folder: Path) -> None:
-    """Gives the tensors the names that LLaVA checkpoints had before transformers 4.52."""
-    prefixes = {
-        "model.vision_tower.": "vision_tower.vision_model.",
-        "model.language_model.": "language_model.model.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "vision_tower.": "vision_tower.",
-        "language_model.": "language_model.",
-        "multi_modal_projector.": "multi_modal_projector.",
-        "lm_head.": "language_model.lm_head.",
-    }
+    """Gives the tensors the names of the published LLaVA checkpoints: the tower inside a `vision_model`."""
 
     def hub_name(name: str) -> str:
-        old = next(prefix for prefix in prefixes if name.startswith(prefix))
-        return prefixes[old] + name.removeprefix(old)
+        return name.replace("vision_tower.", "vision_tower.vision_model.")
 
     for file in folder.glob("*.safetensors"):
         save_file({hub_name(name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})

@@ -122,10 +122,8 @@ async def _server(arguments: argparse.Namespace, console: Console) -> AsyncItera
         return
     flags = [word for name, value in given_settings(arguments).items() for word in (_flag(name), str(value))]
     config = ["--config", str(arguments.config)] if arguments.config else []
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "import sys, api.cli; sys.exit(api.cli.main())", "serve", "--port", "0", *flags, *config,
-        stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", *flags, *config]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
         yield await _url_of(process, console)
     finally:

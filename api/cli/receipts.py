@@ -8,7 +8,7 @@ from vlm_serve.types import JsonObject
 
 def print_receipt(receipt: JsonObject, console: Console, title: str) -> None:
     """One receipt as a table; what a file does not have is left out."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in receipt.items():
@@ -19,8 +19,8 @@ def print_receipt(receipt: JsonObject, console: Console, title: str) -> None:
 
 def _lines(name: str, value: object) -> list[tuple[str, str]]:
     label = name.replace("_", " ")
-    match value:
-        case None | False | [] | {} | ():
+    match value:  # an empty list or dict gives no line
+        case None | False:
             return []
         case dict() if name == "window":
             width = "" if value["width"] is None else f" center {value['center']:g} width {value['width']:g}"

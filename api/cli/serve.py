@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 
 import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
 
 from api.app import create_app
@@ -89,26 +90,30 @@ def stop_signals() -> Iterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn without its signal handlers: they would end the process before the engine is closed."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                # Its access log would write URLs, and our phases tell the start-up: `api.request_log` logs requests.
+                access_log=False,
+                log_level="warning",
+                log_config=None,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=GRACE,
+            )
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-async def _serve_until(stop: asyncio.Event, app: object, listener: socket.socket) -> None:
-    server = _Server(
-        uvicorn.Config(
-            app,  # type: ignore[arg-type]
-            access_log=False,  # it would write URLs; `api.request_log` writes a line of its own
-            log_config=None,
-            log_level="warning",
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=GRACE,
-        )
-    )
+async def _serve_until(stop: asyncio.Event, app: FastAPI, listener: socket.socket) -> None:
+    server = Server(app)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     stopping = asyncio.ensure_future(stop.wait())
     try:
@@ -135,9 +140,9 @@ def print_ready(console: Console, listener: socket.socket, llm: AsyncLLM) -> Non
     )
     for model in llm.models:
         kind = f"an adapter of {model.parent}" if model.parent else f"{model.max_model_len} tokens of context"
-        console.print(f"  {model.id}: {kind}", highlight=False, markup=False)
+        console.print(f"  {model.id}: {kind}", highlight=False, markup=False, soft_wrap=True)
         if model.notice:
-            console.print(f"    {model.notice}", style="yellow", markup=False)
-    console.print(f"Ready at {url}. To try it:", highlight=False, markup=False)
+            console.print(f"    {model.notice}", style="yellow", markup=False, soft_wrap=True)
+    console.print(f"Ready at {url}. To try it:", highlight=False, markup=False, soft_wrap=True)
     command = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
     console.print(command, soft_wrap=True, highlight=False, markup=False)

@@ -7,8 +7,9 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 
-import uvicorn
 from fastapi import FastAPI
+
+from api.cli.serve import Server
 
 AppFactory = Callable[[], AbstractAsyncContextManager[FastAPI]]
 
@@ -24,8 +25,7 @@ def running(make_app: AppFactory) -> Iterator[str]:
 
         async def main() -> None:
             async with make_app() as app:
-                config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=5)
-                server = _Server(config, started)
+                server = _Server(app, started)
                 loop = asyncio.get_running_loop()
                 stop.append(lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True))
                 await server.serve(sockets=[listener])
@@ -52,14 +52,10 @@ def running(make_app: AppFactory) -> Iterator[str]:
         raise failure[0]
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, has_started: threading.Event) -> None:
-        super().__init__(config)
+class _Server(Server):
+    def __init__(self, app: FastAPI, has_started: threading.Event) -> None:
+        super().__init__(app)
         self._has_started = has_started
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -69,3 +65,19 @@ class _Server(uvicorn.Server):
 @contextlib.asynccontextmanager
 async def as_is(app: FastAPI) -> AsyncIterator[FastAPI]:
     yield app
+
+
+def connect(url: str) -> socket.socket:
+    """A bare connection, for a client that breaks off."""
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def read_until(client: socket.socket, mark: bytes) -> bytes:
+    """What the server sends, up to and including `mark`."""
+    received = b""
+    while mark not in received:
+        piece = client.recv(65536)
+        assert piece, f"the server closed before {mark!r}: {received!r}"
+        received += piece
+    return received

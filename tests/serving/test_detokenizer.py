@@ -47,13 +47,15 @@ def test_the_pieces_make_up_the_whole(tokenizer, text, chunk):
 def test_an_answer_cut_inside_a_character_ends_as_decode_has_it(tokenizer):
     ids = tokenizer.encode("a🫀").ids[:-1]
     detokenizer = Detokenizer(tokenizer, [])
-    text = "".join(detokenizer.add([i], FinishReason.LENGTH if n == len(ids) - 1 else None).text for n, i in enumerate(ids))
+    text = "".join(
+        detokenizer.add([i], FinishReason.LENGTH if n == len(ids) - 1 else None).text for n, i in enumerate(ids)
+    )
     assert text == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_a_stop_string_across_token_borders_ends_the_answer_and_drops_the_surplus(tokenizer, chunk):
-    whole, pieces, counted, reason = run(tokenizer, "Findings: none. Impression: normal", ["Impression"], chunk)
+    whole, _pieces, counted, reason = run(tokenizer, "Findings: none. Impression: normal", ["Impression"], chunk)
     assert whole == "Findings: none. "
     assert reason is FinishReason.STOP
     assert counted == len("Findings: none. Impression")

@@ -27,9 +27,7 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(
             hidden, {"gate_proj": inner, "up_proj": inner}, bias=config.mlp_bias, parallel=parallel
         )
-        self.down_proj = Linear(
-            inner, {"down_proj": hidden}, bias=config.mlp_bias, split="row", parallel=parallel
-        )
+        self.down_proj = Linear(inner, {"down_proj": hidden}, bias=config.mlp_bias, split="row", parallel=parallel)
         self.activation = ACT2FN[config.activation]
 
     def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -80,7 +78,7 @@ class Decoder(nn.Module):
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling)
         self.lm_head = Linear(config.hidden_size, {"lm_head": config.vocab_size})
         if config.tie_word_embeddings:
-            self.lm_head.tie(self.embed_tokens.weight)
+            self.lm_head.tie(self.embed_tokens.weight)  # type: ignore[arg-type]
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids int64 `[T]` -> `[T, hidden_size]`."""

@@ -17,6 +17,7 @@ from vlm_serve.engine.model_runner import ModelRunner, adaptable_linears
 from vlm_serve.engine.scheduler import Scheduler
 from vlm_serve.errors import ConfigurationError
 from vlm_serve.families.base import ModelFamily
+from vlm_serve.kernels import dispatch
 from vlm_serve.layers.loading import pack_linears
 from vlm_serve.lora.checkpoint import AdapterWeights, read_adapter
 from vlm_serve.lora.store import AdapterFolder
@@ -56,6 +57,8 @@ class Engine:
         """
         device = choose_device(model_config.device)
         dtype = choose_dtype(model_config.dtype, device)
+        with _phase("kernels", on_phase):
+            dispatch.prepare(device)
         with _phase(f"weights ({str(dtype).removeprefix('torch.')}, {device})", on_phase):
             model = family.build(dtype, device)
             pack_linears(model)
@@ -112,7 +115,7 @@ class Engine:
             return StepOutput((), self.stats)
         try:
             tokens = self.runner.run(batch)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a fault ends its requests, never the engine
             # The type alone: the text of a foreign exception may carry what a patient's prompt held.
             logger.error("A step of %d requests failed: %s", len(batch.rows), type(error).__name__)
             return StepOutput(self.scheduler.fail(batch, FAULT_MESSAGE), self.stats)

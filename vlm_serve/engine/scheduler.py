@@ -39,9 +39,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, *, num_blocks: int, max_model_len: int) -> None:
         self.config = config
         self.max_model_len = max_model_len
-        self.blocks = BlockManager(
-            num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
-        )
+        self.blocks = BlockManager(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
         self.images = EncoderCache(config.encoder_cache_tokens)
         self.adapters = AdapterSlots(config.max_adapters)
         self.waiting: deque[Sequence] = deque()
@@ -119,9 +117,7 @@ class Scheduler:
             token = next(drawn)
             sequence.append(token)
             outputs.append(
-                TokenOutput(
-                    sequence.request.request_id, (token,), sequence.finish_reason, sequence.cached_tokens or 0
-                )
+                TokenOutput(sequence.request.request_id, (token,), sequence.finish_reason, sequence.cached_tokens or 0)
             )
             if sequence.finish_reason:
                 self._finish(sequence, sequence.finish_reason)
@@ -132,9 +128,7 @@ class Scheduler:
         outputs = []
         for row in batch.rows.tolist():
             sequence = self._by_row[row]
-            outputs.append(
-                TokenOutput(sequence.request.request_id, finish_reason=FinishReason.ERROR, error=message)
-            )
+            outputs.append(TokenOutput(sequence.request.request_id, finish_reason=FinishReason.ERROR, error=message))
             self._finish(sequence, FinishReason.ERROR)
         for key, _ in batch.encode:
             self.images.forget(key)

@@ -37,9 +37,7 @@ class Attention(nn.Module):
             bias=bias,
             parallel=parallel,
         )
-        self.o_proj = Linear(
-            num_heads * head_dim, {"o_proj": hidden_size}, bias=bias, split="row", parallel=parallel
-        )
+        self.o_proj = Linear(num_heads * head_dim, {"o_proj": hidden_size}, bias=bias, split="row", parallel=parallel)
 
     def forward(
         self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], context: ForwardContext

@@ -110,9 +110,7 @@ class Linear(nn.Module):
         assert self.packed is not None, "pack() comes before the first forward"
         out = self.packed(x)
         segments = [
-            (segment.token_index, *self.adapters[segment.slot])
-            for segment in adapters
-            if segment.slot in self.adapters
+            (segment.token_index, *self.adapters[segment.slot]) for segment in adapters if segment.slot in self.adapters
         ]
         if segments:
             dispatch.apply_lora(out, x, segments)

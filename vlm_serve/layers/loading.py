@@ -102,7 +102,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 def _writers(model: nn.Module) -> Iterator[tuple[str, Writer]]:
     """By canonical name, how each tensor of the checkpoint gets to its place."""
-    inside_linear = set()
+    inside_linear: set[int] = set()
     for parent, module in _linears(model):
         inside_linear.update(id(tensor) for tensor in (module.weight, module.bias) if tensor is not None)
         if module.tied:
@@ -116,9 +116,9 @@ def _writers(model: nn.Module) -> Iterator[tuple[str, Writer]]:
         if id(tensor) not in inside_linear:
             yield name, _plain_writer(tensor.data)
     persistent = model.state_dict().keys()
-    for name, tensor in model.named_buffers():
+    for name, buffer in model.named_buffers():
         if name in persistent:
-            yield name, _plain_writer(tensor)
+            yield name, _plain_writer(buffer)
 
 
 def _plain_writer(target: torch.Tensor) -> Writer:

@@ -107,7 +107,11 @@ class AsyncLLM:
     """One base model with its adapters. All methods belong to the event loop that called `start`."""
 
     def __init__(
-        self, engine: EngineClient, ingest: Ingest, family: ModelFamily, models: tuple[ServedModel, ...],
+        self,
+        engine: EngineClient,
+        ingest: Ingest,
+        family: ModelFamily,
+        models: tuple[ServedModel, ...],
         max_requests: int,
     ) -> None:
         self._engine = engine
@@ -149,9 +153,7 @@ class AsyncLLM:
         """As of the engine's last word."""
         return self._engine.stats
 
-    async def chat(
-        self, chat: ChatInput, *, model: str, sampling: SamplingParams, request_id: str
-    ) -> ChatRun:
+    async def chat(self, chat: ChatInput, *, model: str, sampling: SamplingParams, request_id: str) -> ChatRun:
         """Prepares the conversation and queues it; returns once the engine has admitted it.
 
         Raises:

@@ -5,6 +5,7 @@ pickle never crosses, so bytes from another process cannot run code in this one.
 """
 
 import array
+import contextlib
 import functools
 import os
 import select
@@ -92,10 +93,8 @@ class Channel:
 
     def close(self) -> None:
         """Closes this end and wakes a thread that waits in `recv`. May be called more than once."""
-        try:
+        with contextlib.suppress(OSError):  # the other end may have been faster
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end was faster
         self._sock.close()
 
     def _recv_exactly(self, size: int, deadline: float | None, fds: list[int]) -> bytearray:

@@ -1,8 +1,10 @@
 """`EngineClient`: the async face of the engine process."""
 
 import asyncio
+import contextlib
 import itertools
 import socket
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -147,18 +149,18 @@ class EngineClient:
             raise arrival
         return stream
 
-    async def ping(self, timeout: float) -> EngineStats:
+    async def ping(self, seconds: float) -> EngineStats:
         """A round trip through the engine's loop.
 
         Raises:
-            EngineDeadError: it is gone, or did not answer within `timeout` seconds.
+            EngineDeadError: it is gone, or did not answer within `seconds`.
         """
         number = next(self._ping_numbers)
         future: asyncio.Future[EngineStats] = self._loop.create_future()
         self._pings[number] = future
         try:
             self._send(Ping(number))
-            return await asyncio.wait_for(future, timeout)
+            return await asyncio.wait_for(future, seconds)
         except TimeoutError:
             raise EngineDeadError("The engine does not answer.") from None
         finally:
@@ -178,7 +180,7 @@ class EngineClient:
         self._channel.close()
         try:
             await asyncio.to_thread(self._process.wait, 5)
-        except Exception:
+        except subprocess.TimeoutExpired:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
 
@@ -201,10 +203,8 @@ class EngineClient:
                     self._loop.call_soon_threadsafe(self._take, message)
         except (ChannelClosedError, OSError):
             pass
-        try:
+        with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._die)
-        except RuntimeError:
-            pass  # the event loop has closed: nobody waits any more
 
     def _take(self, message: FromEngine) -> None:
         match message:

@@ -4,6 +4,7 @@ Started as `python -m vlm_serve.serving.engine_process FD`, with one end of a so
 other end closes.
 """
 
+import contextlib
 import logging
 import queue
 import socket
@@ -39,10 +40,8 @@ Inbox = queue.SimpleQueue[ToEngine | None]
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    try:
+    with contextlib.suppress(ChannelClosedError):  # the server is gone, and with it all who want an answer
         serve(channel)
-    except ChannelClosedError:
-        pass  # the server is gone, and with it everybody who could want an answer
 
 
 def serve(channel: Channel) -> None:

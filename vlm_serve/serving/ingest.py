@@ -1,6 +1,5 @@
 """From a conversation to a prompt: files decoded in the pool, pixels processed, text tokenised."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,7 +25,6 @@ class Ingest:
         self._family = family
         self._pool = DecodePool(config)
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="ingest")
-        self._tokenizer_lock = threading.Lock()
 
     def prepare(self, chat: ChatInput) -> PreparedPrompt:
         """Decodes and processes the images and renders the chat template.
@@ -36,14 +34,12 @@ class Ingest:
             InvalidRequestError: the conversation does not fit the model's template.
         """
         images = list(self._threads.map(self._process, chat.images))
-        with self._tokenizer_lock:  # a fast tokenizer's settings are its own state
-            prompt = self._family.render_chat(chat, [inputs for inputs, _ in images])
+        prompt = self._family.render_chat(chat, [inputs for inputs, _ in images])
         return PreparedPrompt(prompt, tuple(receipt for _, receipt in images))
 
     def prepare_text(self, text: str) -> PreparedPrompt:
         """A plain prompt, without a chat template."""
-        with self._tokenizer_lock:
-            return PreparedPrompt(self._family.encode_text(text))
+        return PreparedPrompt(self._family.encode_text(text))
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)

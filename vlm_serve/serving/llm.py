@@ -103,7 +103,7 @@ class LLM:
         prompts: str | Sequence[str],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continues plain prompts; no chat template is applied.
@@ -125,7 +125,7 @@ class LLM:
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers one conversation or several; parts as in the API, or
@@ -136,9 +136,7 @@ class LLM:
             InvalidRequestError: a conversation cannot be served; nothing has run then.
         """
         first = messages[0] if messages else None
-        several = cast(
-            Sequence[Conversation], [messages] if first is None or isinstance(first, Mapping) else messages
-        )
+        several = cast(Sequence[Conversation], [messages] if first is None or isinstance(first, Mapping) else messages)
         prepared = [self._ingest.prepare(read_conversation(conversation)) for conversation in several]
         return self._run(prepared, [None] * len(prepared), sampling_params, adapter, use_tqdm)
 
@@ -157,12 +155,12 @@ class LLM:
         prepared: list[PreparedPrompt],
         texts: list[str | None],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        adapter: str | None | Sequence[str | None],
+        adapter: str | Sequence[str | None] | None,
         show_progress: bool,
     ) -> list[RequestOutput]:
         count = len(prepared)
         samplings = _one_each(sampling_params or SamplingParams(), count, "sampling_params")
-        adapters = _one_each(adapter, count, "adapter")
+        adapters: list[str | None] = _one_each(adapter, count, "adapter")
         requests = [
             Request(
                 request_id=str(next(self._ids)),
@@ -236,7 +234,8 @@ class LLM:
 
 
 def _one_each(value: T | Sequence[T], count: int, name: str) -> list[T]:
-    if value is None or isinstance(value, str) or not isinstance(value, Sequence):
+    """`value` for each of `count` prompts, or one of its own for each."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
         return [cast(T, value)] * count
     if len(value) != count:
         raise InvalidRequestError(f"{len(value)} {name} for {count} prompts. Give one, or one for each.", param=name)

@@ -78,9 +78,7 @@ def read_conversation(messages: Sequence[Mapping[str, Any]]) -> ChatInput:
         content = message.get("content") or ()
         if isinstance(content, str):
             content = ({"type": "text", "text": content},)
-        parts = tuple(
-            _read_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content)
-        )
+        parts = tuple(_read_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content))
         chat.append(ChatMessage(str(message.get("role", "user")), parts))
     return ChatInput(tuple(chat))
 

@@ -29,6 +29,9 @@ constexpr int MICRO_ROWS = 6, MICRO_VECTORS = 4;  // accumulators that fit the r
 constexpr int MICRO_ROWS = 4, MICRO_VECTORS = 2;
 #endif
 
+// Loops over registers: left rolled, their arrays would live in memory.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 struct Task {
   int64_t sequence, kv_head, first_token, tokens, first_position;
 };
@@ -64,103 +67,177 @@ class Scratch {
   float* next_ = nullptr;
 };
 
-// C[ROWS, VECTORS * LANES] += A[ROWS, depth] B[depth, VECTORS * LANES]
-template <int ROWS, int VECTORS>
-inline void multiply_micro(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
+// The right-hand side of a product: float32 rows end to end, or rows of any type where they lie in the cache.
+struct Matrix {
+  using Left = float;
+  const float* data;
+  int64_t stride;
+  Floats at(int64_t k, int64_t column) const { return load(data + k * stride + column); }
+};
+
+template <typename T>
+struct CacheRows {
+  using Left = float;
+  const T* const* rows;
+  Floats at(int64_t k, int64_t column) const { return load(rows[k] + column); }
+};
+
+inline Floats multiply_add(Floats sum, float a, Floats b) { return sum + broadcast(a) * b; }
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16, multiplied and summed by one instruction.
+struct PairMatrix {
+  using Left = uint32_t;
+  const uint32_t* data;
+  int64_t stride;
+  __m512bh at(int64_t k, int64_t column) const {
+    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(data + k * stride + column));
+  }
+};
+
+inline Floats multiply_add(Floats sum, uint32_t a, __m512bh b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))), b);
+}
+#endif
+
+// C[ROWS, VECTORS * LANES] = A[ROWS, depth] B[depth, VECTORS * LANES], or += if it accumulates
+template <int ROWS, int VECTORS, bool ACCUMULATE, typename Right>
+inline void multiply_micro(int64_t depth, const typename Right::Left* a, int64_t lda, const Right& b, int64_t column,
+                           float* c, int64_t ldc) {
   Floats sums[ROWS][VECTORS];
-  for (int row = 0; row < ROWS; ++row)
-    for (int vector = 0; vector < VECTORS; ++vector) sums[row][vector] = load(c + row * ldc + vector * LANES);
+  UNROLLED for (int row = 0; row < ROWS; ++row)
+    UNROLLED for (int vector = 0; vector < VECTORS; ++vector)
+      sums[row][vector] = ACCUMULATE ? load(c + row * ldc + vector * LANES) : Floats{};
   for (int64_t k = 0; k < depth; ++k) {
-    Floats columns[VECTORS];
-    for (int vector = 0; vector < VECTORS; ++vector) columns[vector] = load(b + k * ldb + vector * LANES);
-    for (int row = 0; row < ROWS; ++row) {
-      const Floats factor = broadcast(a[row * lda + k]);
-      for (int vector = 0; vector < VECTORS; ++vector) sums[row][vector] += factor * columns[vector];
-    }
+    decltype(b.at(0, 0)) columns[VECTORS];
+    UNROLLED for (int vector = 0; vector < VECTORS; ++vector) columns[vector] = b.at(k, column + vector * LANES);
+    UNROLLED for (int row = 0; row < ROWS; ++row)
+      UNROLLED for (int vector = 0; vector < VECTORS; ++vector)
+        sums[row][vector] = multiply_add(sums[row][vector], a[row * lda + k], columns[vector]);
   }
-  for (int row = 0; row < ROWS; ++row)
-    for (int vector = 0; vector < VECTORS; ++vector) store(c + row * ldc + vector * LANES, sums[row][vector]);
+  UNROLLED for (int row = 0; row < ROWS; ++row)
+    UNROLLED for (int vector = 0; vector < VECTORS; ++vector) store(c + row * ldc + vector * LANES, sums[row][vector]);
 }
 
-template <int VECTORS>
-void multiply_columns(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                      int64_t ldc) {
+template <int VECTORS, bool ACCUMULATE, typename Right>
+void multiply_columns(int64_t rows, int64_t depth, const typename Right::Left* a, int64_t lda, const Right& b,
+                      int64_t column, float* c, int64_t ldc) {
   for (; rows >= MICRO_ROWS; rows -= MICRO_ROWS, a += MICRO_ROWS * lda, c += MICRO_ROWS * ldc)
-    multiply_micro<MICRO_ROWS, VECTORS>(depth, a, lda, b, ldb, c, ldc);
+    multiply_micro<MICRO_ROWS, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
   switch (rows) {
-    case 5: return multiply_micro<5, VECTORS>(depth, a, lda, b, ldb, c, ldc);
-    case 4: return multiply_micro<4, VECTORS>(depth, a, lda, b, ldb, c, ldc);
-    case 3: return multiply_micro<3, VECTORS>(depth, a, lda, b, ldb, c, ldc);
-    case 2: return multiply_micro<2, VECTORS>(depth, a, lda, b, ldb, c, ldc);
-    case 1: return multiply_micro<1, VECTORS>(depth, a, lda, b, ldb, c, ldc);
+    case 5: return multiply_micro<5, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
+    case 4: return multiply_micro<4, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
+    case 3: return multiply_micro<3, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
+    case 2: return multiply_micro<2, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
+    case 1: return multiply_micro<1, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
   }
 }
 
-// C[rows, columns] += A[rows, depth] B[depth, columns]; columns is a multiple of LANES.
-void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-              float* c, int64_t ldc) {
+// scores[rows, KEYS] = queries[rows, depth] keys[depth, KEYS]
+template <typename Right>
+void multiply_keys(int64_t rows, int64_t depth, const typename Right::Left* queries, const Right& keys, float* scores) {
+  for (int64_t column = 0; column < KEYS; column += MICRO_VECTORS * LANES)
+    multiply_columns<MICRO_VECTORS, false>(rows, depth, queries, depth, keys, column, scores + column, KEYS);
+}
+
+// out[rows, width] += weights[rows, KEYS] values[KEYS, width]
+template <typename Right>
+void add_values(int64_t rows, int64_t width, const float* weights, const Right& values, float* out) {
   int64_t column = 0;
-  for (; column + MICRO_VECTORS * LANES <= columns; column += MICRO_VECTORS * LANES)
-    multiply_columns<MICRO_VECTORS>(rows, depth, a, lda, b + column, ldb, c + column, ldc);
-  for (; column < columns; column += LANES)
-    multiply_columns<1>(rows, depth, a, lda, b + column, ldb, c + column, ldc);
+  for (; column + MICRO_VECTORS * LANES <= width; column += MICRO_VECTORS * LANES)
+    multiply_columns<MICRO_VECTORS, true>(rows, KEYS, weights, KEYS, values, column, out + column, width);
+  for (; column < width; column += LANES)
+    multiply_columns<1, true>(rows, KEYS, weights, KEYS, values, column, out + column, width);
 }
 
 #if defined(__AVX512F__)
 // 16 rows of 32-bit words, from each those that the mask names -> 16 columns.
 inline void transpose_words(const void* const* rows, int64_t word, __mmask16 mask, __m512i* columns) {
   __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, static_cast<const int32_t*>(rows[i]) + word);
-  for (int i = 0; i < 16; i += 2) {
+  UNROLLED for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, static_cast<const int32_t*>(rows[i]) + word);
+  UNROLLED for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
+  UNROLLED for (int i = 0; i < 16; i += 4)
+    UNROLLED for (int j = 0; j < 2; ++j) {
       a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
       a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
     }
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 16; j += 8) {
+  UNROLLED for (int i = 0; i < 4; ++i)
+    UNROLLED for (int j = 0; j < 16; j += 8) {
       b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
       b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
     }
-  for (int i = 0; i < 8; ++i) {
+  UNROLLED for (int i = 0; i < 8; ++i) {
     columns[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
     columns[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
   }
 }
 
-inline void store_columns(__m512i column, int64_t word, float* to, float) {
-  _mm512_storeu_si512(to + word * KEYS, column);
-}
-
-inline void store_columns(__m512i column, int64_t word, float* to, BFloat16) {
-  _mm512_storeu_si512(to + 2 * word * KEYS, _mm512_slli_epi32(column, 16));
-  _mm512_storeu_si512(to + (2 * word + 1) * KEYS, _mm512_and_si512(column, _mm512_set1_epi32(0xffff0000)));
-}
-#endif
-
-// rows[KEYS] of head_dim -> to[head_dim, KEYS] in float32.
-template <typename T>
-void transpose_keys(const T* const* rows, int64_t head_dim, float* to) {
-  int64_t done = 0;
-#if defined(__AVX512F__)
-  const int64_t words = head_dim * static_cast<int64_t>(sizeof(T)) / 4;
+// Each column of 16 keys' words goes to `put(column, word, first key)`.
+template <typename T, typename Put>
+inline void transpose_blocks(const T* const* rows, int64_t words, const Put& put) {
   for (int64_t word = 0; word < words; word += 16) {
     const auto count = std::min<int64_t>(16, words - word);
     const auto mask = static_cast<__mmask16>((1u << count) - 1);
     for (int key = 0; key < KEYS; key += 16) {
       __m512i columns[16];
       transpose_words(reinterpret_cast<const void* const*>(rows + key), word, mask, columns);
-      for (int64_t i = 0; i < count; ++i) store_columns(columns[i], word + i, to + key, T{});
+      UNROLLED for (int i = 0; i < 16; ++i)
+        if (i < count) put(columns[i], word + i, key);
     }
   }
-  done = words * 4 / static_cast<int64_t>(sizeof(T));
-#endif
-  for (int key = 0; key < KEYS; ++key)
-    for (int64_t d = done; d < head_dim; ++d) to[d * KEYS + key] = to_float(rows[key][d]);
 }
+
+#endif
+
+// How queries and keys are held for their product: in float32, the keys as [head_dim, KEYS].
+template <typename T>
+struct Keys {
+  using Element = float;
+  using Right = Matrix;
+  static int64_t depth(int64_t head_dim) { return head_dim; }
+
+  static void put_query(const T* from, int64_t head_dim, Element* to) {
+    for (int64_t d = 0; d < head_dim; ++d) to[d] = to_float(from[d]);
+  }
+
+  static void transpose(const T* const* rows, int64_t head_dim, Element* to) {
+#if defined(__AVX512F__)
+    const int64_t words = head_dim * static_cast<int64_t>(sizeof(T)) / 4;
+    transpose_blocks(rows, words, [to](__m512i column, int64_t word, int key) {
+      if constexpr (sizeof(T) == 4) {
+        _mm512_storeu_si512(to + word * KEYS + key, column);
+      } else {
+        _mm512_storeu_si512(to + 2 * word * KEYS + key, _mm512_slli_epi32(column, 16));
+        _mm512_storeu_si512(to + (2 * word + 1) * KEYS + key, _mm512_and_si512(column, _mm512_set1_epi32(0xffff0000)));
+      }
+    });
+#else
+    for (int key = 0; key < KEYS; ++key)
+      for (int64_t d = 0; d < head_dim; ++d) to[d * KEYS + key] = to_float(rows[key][d]);
+#endif
+  }
+};
+
+#if defined(__AVX512BF16__)
+// In pairs of bfloat16 as they are, the keys as [head_dim / 2, KEYS].
+template <>
+struct Keys<BFloat16> {
+  using Element = uint32_t;
+  using Right = PairMatrix;
+  static int64_t depth(int64_t head_dim) { return head_dim / 2; }
+
+  static void put_query(const BFloat16* from, int64_t head_dim, Element* to) { std::memcpy(to, from, head_dim * 2); }
+
+  static void transpose(const BFloat16* const* rows, int64_t head_dim, Element* to) {
+    transpose_blocks(rows, head_dim / 2, [to](__m512i column, int64_t word, int key) {
+      _mm512_storeu_si512(to + word * KEYS + key, column);
+    });
+  }
+};
+#endif
 
 // rows[KEYS] of head_dim -> to[KEYS, padded_dim] in float32; the padding of `to` is left as it is.
 template <typename T>
@@ -173,13 +250,13 @@ void convert_values(const T* const* rows, int64_t head_dim, int64_t padded_dim, 
 }
 
 // Turns a row's scores into weights; `visible` of the block's keys are not in the row's future.
-inline void softmax_block(float* scores, int64_t visible, float* maximum_so_far, float* sums, float* out, int64_t width) {
+inline void softmax_block(float* scores, float scale, int64_t visible, float* maximum_so_far, float* sums, float* out, int64_t width) {
   Floats lane_index;
   for (int lane = 0; lane < LANES; ++lane) lane_index[lane] = static_cast<float>(lane);
   Floats highest = broadcast(-std::numeric_limits<float>::infinity());
   for (int key = 0; key < KEYS; key += LANES) {
     const Floats seen = lane_index + static_cast<float>(key) < static_cast<float>(visible)
-                            ? load(scores + key)
+                            ? load(scores + key) * scale
                             : broadcast(-std::numeric_limits<float>::infinity());
     store(scores + key, seen);
     highest = maximum(highest, seen);
@@ -201,16 +278,48 @@ inline void softmax_block(float* scores, int64_t visible, float* maximum_so_far,
   store(sums, sum);
 }
 
+// Where a block's keys and values lie in the cache. Rows past the length are never read: that memory may hold anything.
+template <typename T>
+struct KeyBlock {
+  const T* keys[KEYS];
+  const T* values[KEYS];
+
+  void find(const Batch<T>& batch, const Task& task, int64_t first_key, int64_t length, const T* zeros) {
+    const int32_t* page = batch.block_tables + task.sequence * batch.block_table_stride + first_key / batch.block_size;
+    int64_t offset = first_key % batch.block_size;
+    const int count = static_cast<int>(std::min<int64_t>(KEYS, length - first_key));
+    for (int key = 0; key < count; ++page, offset = 0) {
+      const int64_t page_start = (*page * batch.kv_heads + task.kv_head) * batch.block_size;
+      for (; key < count && offset < batch.block_size; ++key, ++offset) {
+        keys[key] = batch.key_cache + (page_start + offset) * batch.head_dim;
+        values[key] = batch.value_cache + (page_start + offset) * batch.head_dim;
+      }
+    }
+    std::fill(keys + count, keys + KEYS, zeros);
+    std::fill(values + count, values + KEYS, zeros);
+  }
+
+  // A quarter at a time: the CPU can wait for few lines at once, and would stall on more.
+  void prefetch(int quarter, int64_t head_dim) const {
+    for (int key = quarter * KEYS / 4; key < (quarter + 1) * KEYS / 4; ++key)
+      for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(keys[key] + d, 0, 2);
+        __builtin_prefetch(values[key] + d, 0, 2);
+      }
+  }
+};
+
 template <typename T>
 void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
   const int64_t dim = batch.head_dim, padded = batch.padded_dim, rows = task.tokens * batch.group;
-  scratch.reserve(rows * (dim + padded + KEYS + LANES + 1) + KEYS * (dim + padded) + dim + 8 * 16);
-  float* const queries = scratch.take(rows * dim);
+  const int64_t depth = Keys<T>::depth(dim);
+  scratch.reserve(rows * (depth + padded + KEYS + LANES + 1) + KEYS * (depth + padded) + dim + 8 * 16);
+  auto* const queries = reinterpret_cast<typename Keys<T>::Element*>(scratch.take(rows * depth));
   float* const out = scratch.take(rows * padded);
   float* const scores = scratch.take(rows * KEYS);
   float* const sums = scratch.take(rows * LANES);
   float* const maxima = scratch.take(rows);
-  float* const keys = scratch.take(KEYS * dim);
+  auto* const keys = reinterpret_cast<typename Keys<T>::Element*>(scratch.take(KEYS * depth));
   float* const values = scratch.take(KEYS * padded);
   const T* const zeros = reinterpret_cast<const T*>(scratch.take(dim));
   std::fill_n(const_cast<T*>(zeros), dim, T{});
@@ -219,40 +328,39 @@ void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
   std::fill_n(maxima, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(values, KEYS * padded, 0.0f);
 
-  // The softmax is taken to base 2, which is cheaper: 2**(x log2 e) = e**x.
-  const float scale = batch.scale * 1.44269504088896340736f;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t token = task.first_token + row / batch.group;
     const int64_t head = task.kv_head * batch.group + row % batch.group;
     const T* from = batch.query + token * batch.query_token_stride + head * batch.query_head_stride;
-    for (int64_t d = 0; d < dim; ++d) queries[row * dim + d] = to_float(from[d]) * scale;
+    Keys<T>::put_query(from, dim, queries + row * depth);
   }
 
-  const int32_t* const table = batch.block_tables + task.sequence * batch.block_table_stride;
+  // The softmax is taken to base 2, which is cheaper: 2**(x log2 e) = e**x.
+  const float scale = batch.scale * 1.44269504088896340736f;
+  // Few rows take the values as they lie; many convert them once. The arithmetic is the same.
+  const bool convert = rows > MICRO_ROWS || padded != dim;
   const int64_t length = task.first_position + task.tokens;  // keys that the tile's last token sees
+  KeyBlock<T> block, next;
+  next.find(batch, task, 0, length, zeros);
   for (int64_t first_key = 0; first_key < length; first_key += KEYS) {
-    // Rows past the length are never read: the cache's memory there may hold anything.
-    const T *key_rows[KEYS], *value_rows[KEYS];
-    for (int key = 0; key < KEYS; ++key) {
-      const int64_t position = first_key + key;
-      if (position < length) {
-        const int64_t page = table[position / batch.block_size] * batch.kv_heads + task.kv_head;
-        const int64_t offset = (page * batch.block_size + position % batch.block_size) * dim;
-        key_rows[key] = batch.key_cache + offset;
-        value_rows[key] = batch.value_cache + offset;
-      } else {
-        key_rows[key] = value_rows[key] = zeros;
-      }
-    }
-    transpose_keys(key_rows, dim, keys);
-    std::fill_n(scores, rows * KEYS, 0.0f);
-    multiply(rows, KEYS, dim, queries, dim, keys, KEYS, scores, KEYS);
+    block = next;
+    if (first_key + KEYS < length) next.find(batch, task, first_key + KEYS, length, zeros);
+    next.prefetch(0, dim);
+    Keys<T>::transpose(block.keys, dim, keys);
+    next.prefetch(1, dim);
+    multiply_keys(rows, depth, queries, typename Keys<T>::Right{keys, KEYS}, scores);
+    next.prefetch(2, dim);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t visible = task.first_position + row / batch.group + 1 - first_key;
-      softmax_block(scores + row * KEYS, visible, maxima + row, sums + row * LANES, out + row * padded, padded);
+      softmax_block(scores + row * KEYS, scale, visible, maxima + row, sums + row * LANES, out + row * padded, padded);
     }
-    convert_values(value_rows, dim, padded, values);
-    multiply(rows, padded, KEYS, scores, KEYS, values, padded, out, padded);
+    next.prefetch(3, dim);
+    if (convert) {
+      convert_values(block.values, dim, padded, values);
+      add_values(rows, padded, scores, Matrix{values, padded}, out);
+    } else {
+      add_values(rows, padded, scores, CacheRows<T>{block.values}, out);
+    }
   }
 
   for (int64_t row = 0; row < rows; ++row) {
@@ -345,7 +453,7 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
   STD_TORCH_CHECK(query.dim() == 3 && key_cache.dim() == 4 && query.size(2) == key_cache.size(3) &&
                       query.size(1) % key_cache.size(1) == 0,
                   "query must be [tokens, heads, head_dim], the caches [blocks, kv_heads, block_size, head_dim]");
-  STD_TORCH_CHECK(query.size(2) == 1 || query.stride(2) == 1, "the head dimension must be contiguous");
+  STD_TORCH_CHECK(query.size(2) % 2 == 0 && query.stride(2) == 1, "the head dimension must be even and contiguous");
   STD_TORCH_CHECK(out.is_contiguous() && key_cache.is_contiguous() && value_cache.is_contiguous() &&
                       key_cache.numel() == value_cache.numel(),
                   "output and caches must be contiguous");

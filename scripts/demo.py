@@ -1,0 +1,112 @@
+"""`make demo`: the server with its embedded model, a real radiograph, a streamed answer, a medical question.
+
+What it sends is what any OpenAI client would send; see README.md for the same in curl and Python.
+"""
+
+import base64
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+RADIOGRAPH = ROOT / "sample_data" / "chest_radiograph.dcm"
+
+
+def main() -> None:
+    began = time.perf_counter()
+    with running_server() as url:
+        heading(f"A chest radiograph, {RADIOGRAPH.stat().st_size / 1e6:.1f} MB of DICOM, and a question")
+        dicom = base64.b64encode(RADIOGRAPH.read_bytes()).decode()
+        ask(
+            url,
+            [
+                {"type": "image_url", "image_url": {"url": f"data:application/dicom;base64,{dicom}"}},
+                {"type": "text", "text": "Describe the findings in this radiograph."},
+            ],
+        )
+        heading("A medical question")
+        ask(url, "What is a pneumothorax? Answer in two sentences.")
+    print(f"\nDemo done in {time.perf_counter() - began:.0f} s. A server of your own: make serve")
+
+
+@contextmanager
+def running_server() -> Iterator[str]:
+    """`vlm-serve serve` on a free port, until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("vlm-serve")), "serve", "--port", str(port)]
+    print("$ vlm-serve serve --port", port, flush=True)
+    server = subprocess.Popen(command, cwd=ROOT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(server, url)
+        yield url
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:
+    while True:
+        if server.poll() is not None:
+            sys.exit("The server did not start; its own message is above.")
+        try:
+            if httpx.get(f"{url}/health", timeout=60).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+
+
+def ask(url: str, content: str | list[dict[str, Any]]) -> None:
+    """Streams one answer to the terminal, then what the server says about it."""
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 96,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    asked = time.perf_counter()
+    first, about, usage = None, None, {}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as response:
+        if response.status_code != 200:
+            sys.exit(response.read().decode())
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            about = event.get("x_vlm_serve", about)
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                if text := choice["delta"].get("content"):
+                    first = first or time.perf_counter() - asked
+                    print(text, end="", flush=True)
+    seconds = time.perf_counter() - asked
+    print(
+        f"\n\n[{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out, "
+        f"first after {first or seconds:.2f} s, all after {seconds:.2f} s]"
+    )
+    if about:
+        print("x_vlm_serve:", json.dumps(about, indent=2))
+
+
+def heading(text: str) -> None:
+    print(f"\n── {text} " + "─" * max(0, 96 - len(text)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A real engine on a tiny checkpoint, beside transformers' model of the same weights.
+
+`Harness` prepares conversations as the server does, runs them, and records the logits of every position
+that the decoder computes, so that parity can be asserted on the whole prompt.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_serve.clinical.image import ClinicalImage, ImageReceipt
+from vlm_serve.config import EngineConfig, ModelConfig
+from vlm_serve.engine.batch import ScheduledBatch
+from vlm_serve.engine.engine import Engine
+from vlm_serve.families import load_family
+from vlm_serve.families.base import Prompt
+from vlm_serve.lora.store import AdapterStore
+from vlm_serve.types import ChatInput, ChatMessage, ImagePart, Request, SamplingParams, TextPart
+
+DEVICE = os.environ.get("VLM_SERVE_TEST_DEVICE", "cpu")
+LOGIT_TOLERANCE = 1e-4
+
+
+def picture(seed: int, height: int = 28, width: int = 28) -> ClinicalImage:
+    """A picture that is not flat, so that a wrong patch order or a wrong image shows."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return ClinicalImage(pixels, ImageReceipt("image/png", "", "", height, width, "test"))
+
+
+@dataclass
+class Run:
+    """One request: what the engine computed for it. `logits` by position, as far as it was computed."""
+
+    prompt: Prompt
+    token_ids: list[int] = field(default_factory=list)
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    cached_tokens: int = 0
+
+
+class Harness:
+    def __init__(self, folder: Path, *, adapters: Path | None = None, kv_blocks: int = 512, **config: Any) -> None:
+        self.family = load_family(folder)
+        self.store = AdapterStore(adapters)
+        decoder = self.family.decoder_config
+        block_size = config.setdefault("block_size", 4)
+        per_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * 4
+        self.engine = Engine.build(
+            self.family,
+            ModelConfig(str(folder), adapters, "float32", DEVICE),
+            EngineConfig(kv_cache_memory=kv_blocks * block_size * per_token, **config),
+            self.store.adapters,
+        )
+        self.steps: list[ScheduledBatch] = []
+        self._runs: dict[str, Run] = {}
+        self._run_batch = self.engine.runner.run
+        self.engine.runner.run = self._record  # type: ignore[method-assign]
+        self.engine.runner.model.decoder.register_forward_hook(self._keep_hidden)
+
+    def _keep_hidden(self, module: Any, arguments: Any, hidden: torch.Tensor) -> None:
+        self._hidden = hidden
+
+    def _record(self, batch: ScheduledBatch) -> np.ndarray:
+        """Runs a batch and keeps the logits of all its positions, not of the last ones alone."""
+        tokens = self._run_batch(batch)
+        self.steps.append(batch)
+        with torch.inference_mode():
+            logits = iter(self.engine.runner.model.decoder.logits(self._hidden).cpu())
+        for row, start, count in zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True):
+            run = self._runs[self.engine.scheduler._by_row[row].request.request_id]
+            run.logits.update((position, next(logits)) for position in range(start, start + count))
+        return tokens
+
+    def set(self, **config: Any) -> None:
+        """Changes settings of the scheduler that is there."""
+        self.engine.scheduler.config = replace(self.engine.scheduler.config, **config)
+
+    def chat(self, *content: str | ClinicalImage) -> Prompt:
+        """The prompt of one user message of text and pictures."""
+        parts = tuple(TextPart(c) if isinstance(c, str) else ImagePart(b"-", "image/png") for c in content)
+        images = [self.family.process_image(c) for c in content if isinstance(c, ClinicalImage)]
+        return self.family.render_chat(ChatInput((ChatMessage("user", parts),)), images)
+
+    def run(
+        self,
+        *prompts: Prompt,
+        max_tokens: int | Sequence[int] = 8,
+        adapters: Sequence[str | None] | None = None,
+        salt: str = "",
+    ) -> list[Run]:
+        """Runs the prompts together, greedily, to the end."""
+        self._runs = {str(index): Run(prompt) for index, prompt in enumerate(prompts)}
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        for (name, run), limit, adapter in zip(
+            self._runs.items(), limits, adapters or [None] * len(prompts), strict=True
+        ):
+            folder = None if adapter is None else self.store.get(adapter)
+            self.engine.add(
+                Request(
+                    request_id=name,
+                    token_ids=run.prompt.token_ids,
+                    images=run.prompt.images,
+                    sampling=SamplingParams(max_tokens=limit, temperature=0, ignore_eos=True),
+                    adapter=None if folder is None else folder.digest,
+                    cache_salt=salt,
+                )
+            )
+        self.steps.clear()
+        while self.engine.has_work:
+            for output in self.engine.step().outputs:
+                assert output.error is None, output.error
+                self._runs[output.request_id].token_ids += output.token_ids
+                self._runs[output.request_id].cached_tokens = output.cached_tokens
+        return list(self._runs.values())
+
+    @property
+    def images_encoded(self) -> int:
+        """How many images the last `run` sent through the encoder."""
+        return sum(len(batch.encode) for batch in self.steps)
+
+
+@torch.inference_mode()
+def reference_logits(model: Any, run: Run) -> torch.Tensor:
+    """transformers' logits `[tokens, vocab]` for a run's prompt and answer, in one forward pass."""
+    ids = torch.tensor([run.prompt.token_ids + tuple(run.token_ids[:-1])])
+    if not run.prompt.images:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+    pixels = torch.stack([torch.from_numpy(span.inputs.tensors["pixel_values"]) for span in run.prompt.images])
+    answer = ids[:, len(run.prompt.token_ids) :]
+    if not (answer == model.config.image_token_id).any():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits[0]
+    # A random model may answer with the placeholder itself, which transformers would take for an image.
+    embeddings = model.get_input_embeddings()(ids)
+    features = model.get_image_features(pixel_values=pixels).pooler_output
+    for span, feature in zip(run.prompt.images, features, strict=True):
+        embeddings[0, span.offset : span.end] = feature
+    return model(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)).logits[0]
+
+
+def assert_parity(model: Any, run: Run) -> float:
+    """Every logit that the engine computed equals transformers', and each token is transformers' choice.
+
+    Returns the largest difference.
+    """
+    expected = reference_logits(model, run)
+    error = max(float((logits - expected[position]).abs().max()) for position, logits in run.logits.items())
+    assert error <= LOGIT_TOLERANCE, f"logits differ by {error:.2e}"
+    first = len(run.prompt.token_ids) - 1
+    assert run.token_ids == expected[first:].argmax(-1).tolist()
+    assert run.logits.keys() >= set(range(first, len(expected)))
+    return error

@@ -1,0 +1,78 @@
+"""CLIP and SigLIP vision towers: transformers' own modules, cut off after the last layer whose states are used."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig
+
+from vlm_serve.errors import CheckpointError
+
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+"""The towers that are known, with how many tokens each puts in front of those of the patches."""
+
+
+class TransformersTower(nn.Module):
+    """A vision transformer and the choice of its hidden states that a checkpoint names.
+
+    Args:
+        config: the vision config of the checkpoint.
+        feature_layer: which hidden states: 0 are the embeddings, -1 the last layer's, before any final norm.
+            Those of several are joined along the features.
+        select: `default` drops the first token (CLIP's class token), `full` keeps all.
+
+    Raises:
+        CheckpointError: the tower, the layer or the choice is not known.
+    """
+
+    def __init__(self, config: PretrainedConfig, feature_layer: int | Sequence[int], select: str) -> None:
+        super().__init__()
+        if config.model_type not in CLASS_TOKENS:
+            raise CheckpointError(
+                f"Vision towers of type {config.model_type!r} are not known. Known: {', '.join(CLASS_TOKENS)}."
+            )
+        if select not in ("default", "full"):
+            raise CheckpointError(f"vision_feature_select_strategy is {select!r}; it must be 'default' or 'full'.")
+        layers = (feature_layer,) if isinstance(feature_layer, int) else tuple(feature_layer)
+        count = config.num_hidden_layers
+        if not layers or not all(-count - 1 <= layer <= count for layer in layers):
+            raise CheckpointError(f"vision_feature_layer is {feature_layer}, but the tower has {count} layers.")
+        self.layers = tuple(layer % (count + 1) for layer in layers)
+        self.drop_first = select == "default"
+        self.image_size: int = config.image_size
+        self.patch_size: int = config.patch_size
+        self.class_tokens = CLASS_TOKENS[config.model_type]
+        self.out_features: int = config.hidden_size * len(layers)
+        cut = copy.deepcopy(config)
+        cut.num_hidden_layers = max(self.layers)
+        cut.vision_use_head = False
+        self.model: Any = AutoModel.from_config(cut, dtype=torch.get_default_dtype(), attn_implementation="sdpa")
+        self.model.post_layernorm = nn.Identity()  # hidden states are taken before it
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens an image gives."""
+        rows, columns = self.grid
+        return rows * columns + self.class_tokens - self.drop_first
+
+    def uses(self, name: str) -> bool:
+        """Whether a tensor of the whole tower, by its own name (`encoder.layers.23.…`), is used in this one."""
+        top, _, rest = name.partition(".")
+        if top == "encoder":
+            depth: int = max(self.layers)
+            return int(rest.split(".")[1]) < depth
+        return top not in ("post_layernorm", "head")
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """pixel_values `[B, 3, image_size, image_size]` -> `[B, num_tokens, out_features]`."""
+        states = self.model(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        chosen = [states[layer][:, 1:] if self.drop_first else states[layer] for layer in self.layers]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)

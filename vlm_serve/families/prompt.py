@@ -1,0 +1,210 @@
+"""From a conversation to token ids: the chat template, the placeholders of images, and no forged special tokens.
+
+A special token that a user types (`<image>`, `<|im_end|>`) stays plain text: it can neither be a placeholder
+nor end a turn. Everything else is tokenised as transformers' `apply_chat_template` does it.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from vlm_serve.errors import CheckpointError, InvalidRequestError
+from vlm_serve.types import ChatInput, ChatMessage, ImageInputs, ImageSpan, TextPart
+
+_ROLE = re.compile(r"[a-z][a-z_]{0,31}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the engine is given: the tokens, with `num_tokens` placeholders for each image, and where they are."""
+
+    token_ids: tuple[int, ...]
+    images: tuple[ImageSpan, ...] = ()
+
+
+class PromptRenderer:
+    """One checkpoint's tokenizer and template.
+
+    Args:
+        tokenizer: a fast one, of the `tokenizers` library.
+        template: Jinja, run by transformers in its immutable sandbox.
+        image_token: the placeholder as the template writes it; None for a model without images.
+
+    Raises:
+        CheckpointError: the tokenizer or the template cannot be used.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str | None) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise CheckpointError("The checkpoint has no tokenizer.json. Save its tokenizer again with transformers 5.")
+        self._tokenizer = tokenizer
+        self._template = template
+        self._image_token = image_token
+        self.image_token_id: int | None = None if image_token is None else backend.token_to_id(image_token)
+        if image_token is not None and self.image_token_id is None:
+            raise CheckpointError(f"The tokenizer does not know the image token {image_token!r} of config.json.")
+        self._guarded = self._guarded_tokens(backend)
+        # Copies of its own: no other user can switch truncation or padding on in them.
+        self._backend = _copy(backend, without=())
+        self._plain = _copy(backend, without=tuple(self._guarded))
+        self._takes_parts = self._template_takes_parts()
+
+    def render(self, chat: ChatInput, images: Sequence[ImageInputs]) -> Prompt:
+        """The conversation with the cue for an answer, each image's placeholder expanded to its `num_tokens`.
+
+        Args:
+            chat: at least one message.
+            images: of `chat.images`, in their order.
+
+        Raises:
+            InvalidRequestError: the template does not take this conversation, or its placeholders are not
+                one for each image.
+        """
+        if not chat.messages:
+            raise InvalidRequestError("The conversation has no messages.", param="messages")
+        hidden: dict[str, str] = {}
+        messages = [self._message(message, hidden) for message in chat.messages]
+        try:
+            text = self._apply(messages)
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            # Its own words may echo the conversation.
+            raise InvalidRequestError(
+                "The model's chat template does not take this conversation. Check the roles and their order: most "
+                "templates want user and assistant in turns, with at most one system message at the front.",
+                param="messages",
+            ) from None
+        return self._expand(self._encode(text, hidden), images)
+
+    def encode_text(self, text: str) -> Prompt:
+        """A bare prompt, as the caller wrote it: special tokens in it count, but for the image token.
+
+        Raises:
+            InvalidRequestError: it is empty.
+        """
+        token_ids = self._backend.encode(text).ids
+        if self.image_token_id is not None and self.image_token_id in token_ids:
+            token_ids = self._plain.encode(text).ids
+        if not token_ids:
+            raise InvalidRequestError("The prompt is empty.", param="prompt")
+        return Prompt(tuple(token_ids))
+
+    def _guarded_tokens(self, backend: Tokenizer) -> dict[str, int]:
+        """Tokens that text of a user must not become: special ones, the placeholder, the template's marks."""
+        added = backend.get_added_tokens_decoder()
+        return {
+            token.content: token_id
+            for token_id, token in added.items()
+            if token.special or token.content == self._image_token or token.content in self._template
+        }
+
+    def _message(self, message: ChatMessage, hidden: dict[str, str]) -> dict[str, Any]:
+        """A message as templates take it. Text with a guarded token in it is replaced by a nonce, which
+        `hidden` maps to the text.
+        """
+        if not _ROLE.fullmatch(message.role):
+            raise InvalidRequestError("A role must be a word such as system, user or assistant.", param="messages")
+        # All of a message's text is judged as one: templates put parts end to end.
+        guard = self._holds_guarded("".join(part.text for part in message.content if isinstance(part, TextPart)))
+        parts: list[dict[str, str]] = []
+        for part in message.content:
+            if not isinstance(part, TextPart):
+                parts.append({"type": "image"})
+                continue
+            text = part.text
+            if guard:
+                nonce = secrets.token_hex(16)
+                hidden[nonce] = text
+                text = nonce
+            parts.append({"type": "text", "text": text})
+        if self._takes_parts:
+            return {"role": message.role, "content": parts}
+        pieces = [part.get("text", f"{self._image_token}\n") for part in parts]
+        return {"role": message.role, "content": "".join(pieces)}
+
+    def _holds_guarded(self, text: str) -> bool:
+        """Whether tokenising the text could give a guarded token; a normalizer may fold letters into one."""
+        unknown = getattr(self._tokenizer, "unk_token_id", None)
+        guarded_ids = set(self._guarded.values()) - {unknown}
+        return any(token in text for token in self._guarded) or not guarded_ids.isdisjoint(
+            self._backend.encode(text, add_special_tokens=False).ids
+        )
+
+    def _apply(self, messages: list[dict[str, Any]]) -> str:
+        text = self._tokenizer.apply_chat_template(
+            messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _encode(self, text: str, hidden: dict[str, str]) -> list[int]:
+        bos = self._tokenizer.bos_token
+        # As transformers' processors do: the tokenizer adds its `<s>` unless the template wrote it.
+        adds_special = not (isinstance(bos, str) and text.startswith(bos))
+        if not hidden:
+            return self._backend.encode(text, add_special_tokens=adds_special).ids
+        token_ids = self._backend.encode("", add_special_tokens=adds_special).ids
+        for piece in re.split(f"({'|'.join(hidden)})", text):
+            if piece in hidden:
+                token_ids += self._encode_plain(hidden[piece])
+            else:
+                token_ids += self._backend.encode(piece, add_special_tokens=False).ids
+        return token_ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Text whose guarded tokens are spelled out in ordinary ones."""
+        token_ids = self._plain.encode(text, add_special_tokens=False).ids
+        forbidden = set(self._guarded.values()) - {getattr(self._tokenizer, "unk_token_id", None)}
+        if not forbidden.isdisjoint(token_ids):
+            # A vocabulary that holds the whole word as an ordinary entry, too.
+            raise InvalidRequestError(
+                "The conversation holds a control token of this model, which cannot be written as text here.",
+                param="messages",
+            )
+        return token_ids
+
+    def _expand(self, token_ids: list[int], images: Sequence[ImageInputs]) -> Prompt:
+        placeholders = [i for i, token in enumerate(token_ids) if token == self.image_token_id]
+        if len(placeholders) != len(images):
+            raise InvalidRequestError(
+                f"The conversation has {len(images)} image(s) where the model's chat template shows "
+                f"{len(placeholders)}. Put images into user messages.",
+                param="messages",
+            )
+        expanded: list[int] = []
+        spans = []
+        start = 0
+        for position, inputs in zip(placeholders, images, strict=True):
+            expanded += token_ids[start:position]
+            spans.append(ImageSpan(len(expanded), inputs))
+            expanded += [token_ids[position]] * inputs.num_tokens
+            start = position + 1
+        return Prompt((*expanded, *token_ids[start:]), tuple(spans))
+
+    def _template_takes_parts(self) -> bool:
+        """Whether the template walks a message's parts, or wants its content as one string."""
+        probe = secrets.token_hex(8)
+        parts = [{"type": "text", "text": probe}]
+        if self._image_token is not None:
+            parts.insert(0, {"type": "image"})
+        try:
+            text = self._apply([{"role": "user", "content": parts}])
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return False
+        shown = 0 if self._image_token is None else text.count(self._image_token)
+        return text.count(probe) == 1 and "'type'" not in text and shown == (self._image_token is not None)
+
+
+def _copy(backend: Tokenizer, without: Sequence[str]) -> Tokenizer:
+    """The same tokenizer without truncation, padding and some of its added tokens."""
+    content = json.loads(backend.to_str())
+    content["truncation"] = content["padding"] = None
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in without]
+    return Tokenizer.from_str(json.dumps(content))
