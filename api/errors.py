@@ -31,6 +31,7 @@ from vlm_serve.errors import (
     OverloadedError,
     PayloadTooLargeError,
     RequestFailedError,
+    ServiceError,
     UnsupportedImageError,
     VlmServeError,
 )
@@ -58,6 +59,7 @@ TABLE: Mapping[type[VlmServeError], HttpError] = {
     UnsupportedImageError: HttpError(422, "invalid_request_error", "unsupported_image"),
     CorruptImageError: HttpError(422, "invalid_request_error", "corrupt_image"),
     ImageLimitError: HttpError(422, "invalid_request_error", "image_limit_exceeded"),
+    ServiceError: HttpError(503, "server_error", "unavailable"),
     OverloadedError: HttpError(429, "rate_limit_error", "overloaded", {"Retry-After": "1"}),
     EngineDeadError: HttpError(503, "server_error", "engine_unavailable"),
     RequestFailedError: HttpError(500, "server_error", "request_failed"),

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from vlm_serve.encoders.torchvision_ops import declare_torchvision_ops
+from vlm_serve.encoders.projector import MlpProjector  # the package before transformers: it mends torchvision
+from vlm_serve.encoders.timm_tower import TimmTower
 
-declare_torchvision_ops()
-
-from transformers import (  # noqa: E402 - torchvision has to be importable first
+# isort: split
+from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -174,6 +175,45 @@ def make_llava(
         chat_template=chat_template,
     ).save_pretrained(folder)
     return model
+
+
+def make_timm_vlm(
+    folder: Path,
+    vision: str = "test_vit",
+    *,
+    image_size: int = 160,
+    grid: tuple[int, int] = (4, 4),
+    **text_changes: Any,
+) -> LlamaForCausalLM:
+    """Writes a checkpoint of the embedded default's form, and returns its decoder as transformers has it, fp32.
+
+    Args:
+        vision: one of timm's own tiny models for tests.
+        text_changes: fields of the text config that differ from `tiny_text_config`.
+    """
+    torch.manual_seed(0)
+    decoder = LlamaForCausalLM(tiny_text_config(**text_changes)).eval()
+    tower = TimmTower(vision, grid)
+    projector = MlpProjector(tower.out_features, decoder.config.hidden_size)
+    tensors = decoder.state_dict()
+    tensors |= {f"vision.{name}": tensor for name, tensor in tower.model.state_dict().items()}
+    tensors |= {f"projector.{name}": tensor for name, tensor in projector.state_dict().items()}
+    if decoder.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = {
+        "model_type": "vlm_serve_timm",
+        "text_config": decoder.config.to_dict(),
+        "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "vision": {"model": vision, "image_size": image_size, "grid": grid, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "projector": {"in_features": tower.out_features, "activation": "gelu"},
+        "notice": "A tiny model with random weights.",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return decoder
 
 
 def _rename_as_on_the_hub(folder: Path) -> None:

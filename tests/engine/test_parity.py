@@ -3,14 +3,11 @@
 Tiny random LLaVA checkpoints, fp32, against transformers and PEFT run in the same test.
 """
 
-import copy
-
 import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.checkpoints import make_llava
+from tests.engine.adapters import make_adapter
 from tests.engine.harness import Harness, assert_parity, picture
 
 QUESTION = "What does the image show?"
@@ -136,19 +133,6 @@ def test_parity_when_preempted_and_resumed(clip):
     assert harness.engine.stats.num_preemptions > 0
     for run in runs:
         assert_parity(model, run)
-
-
-def make_adapter(model, folder, *, rank: int, seed: int, targets: list[str], **config) -> PeftModel:
-    """Saves a random adapter as `peft` does and returns PEFT's model with it."""
-    torch.manual_seed(seed)
-    wrapped = get_peft_model(
-        copy.deepcopy(model), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **config)
-    )
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn_like(parameter) * 0.05
-    wrapped.save_pretrained(folder)
-    return wrapped.eval()
 
 
 ATTENTION = r".*language_model.*\.(q|k|v|o)_proj"

@@ -46,7 +46,8 @@ class TransformersTower(nn.Module):
         self.class_tokens = CLASS_TOKENS[config.model_type]
         self.out_features: int = config.hidden_size * len(layers)
         cut = copy.deepcopy(config)
-        cut.num_hidden_layers = max(self.layers)
+        self.depth = max(1, *self.layers)  # transformers gives no states of a tower without a layer
+        cut.num_hidden_layers = self.depth
         cut.vision_use_head = False
         self.model: Any = AutoModel.from_config(cut, dtype=torch.get_default_dtype(), attn_implementation="sdpa")
         self.model.post_layernorm = nn.Identity()  # hidden states are taken before it
@@ -67,8 +68,7 @@ class TransformersTower(nn.Module):
         """Whether a tensor of the whole tower, by its own name (`encoder.layers.23.…`), is used in this one."""
         top, _, rest = name.partition(".")
         if top == "encoder":
-            depth: int = max(self.layers)
-            return int(rest.split(".")[1]) < depth
+            return int(rest.split(".")[1]) < self.depth
         return top not in ("post_layernorm", "head")
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

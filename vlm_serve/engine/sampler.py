@@ -85,10 +85,12 @@ def _uniforms(draws: np.ndarray, indices: np.ndarray) -> np.ndarray:
         z = _mix(draws + np.uint64(0x9E3779B97F4A7C15)) + (indices.astype(np.uint64) + np.uint64(1)) * np.uint64(
             0x9E3779B97F4A7C15
         )
-        return (_mix(z) >> np.uint64(11)).astype(np.float64) * 2.0**-53  # type: ignore[no-any-return]
+        uniforms: np.ndarray = (_mix(z) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return uniforms
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    mixed: np.ndarray = z ^ (z >> np.uint64(31))
+    return mixed

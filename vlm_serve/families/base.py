@@ -4,7 +4,6 @@ The API's process uses the processor's side (images, prompts), the engine's proc
 """
 
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from vlm_serve.clinical.image import ClinicalImage
@@ -26,8 +26,6 @@ from vlm_serve.families.prompt import Prompt as Prompt
 from vlm_serve.families.prompt import PromptRenderer
 from vlm_serve.layers.loading import load_checkpoint
 from vlm_serve.types import ChatInput, ImageInputs
-
-logger = logging.getLogger(__name__)
 
 IDENTITY_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
 """What the identity of a model is made of: weights, configs, tokenizer, template."""
@@ -78,7 +76,7 @@ class ModelFamily(ABC):
         self.config = config
         self.notice: str | None = config.get("notice")
         """What every answer must say about the model; None if there is nothing."""
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = self.load_tokenizer()
 
     @classmethod
     @abstractmethod
@@ -100,6 +98,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def build_projector(self) -> nn.Module:
         """The projector, its weights not loaded."""
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer, of the class that its config names."""
+        return read_tokenizer(AutoTokenizer, self.folder)
 
     def default_template(self) -> str | None:
         """The chat template of a checkpoint that brings none; None: it cannot be served."""
@@ -127,6 +129,11 @@ class ModelFamily(ABC):
             )
         return PromptRenderer(self.tokenizer, template, self.image_token)
 
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the `tokenizers` library, which streams answers as text."""
+        return self.prompts.backend
+
     def render_chat(self, chat: ChatInput, images: Sequence[ImageInputs]) -> Prompt:
         """The conversation as token ids, with the cue for an answer; see `PromptRenderer.render`."""
         return self.prompts.render(chat, images)
@@ -137,9 +144,10 @@ class ModelFamily(ABC):
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the generation config's and the tokenizer's."""
+        """Tokens that end an answer: the generation config's, the config's and the tokenizer's."""
         found = {self.tokenizer.eos_token_id}
-        for settings in (read_json(self.folder / "generation_config.json"), self.config):
+        generation = read_json(self.folder / "generation_config.json")
+        for settings in (generation, self.config, self.config.get("text_config", {})):
             value = settings.get("eos_token_id")
             found.update(value if isinstance(value, list) else [value])
         return tuple(sorted(token for token in found if isinstance(token, int)))
@@ -212,16 +220,15 @@ def read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str 
     return template if isinstance(template, str) else None
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; nothing is fetched and no code of the folder is run.
+def read_tokenizer(loader: type[AutoTokenizer | PreTrainedTokenizerFast], folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer, of the class that `loader` finds; nothing is fetched, none of the folder's code is run.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        logger.debug("tokenizer", exc_info=error)
+        tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
         raise CheckpointError(f"{folder} has no tokenizer that can be read (tokenizer.json).") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

@@ -129,6 +129,7 @@ def _make(folder: Path, report: Progress) -> None:
     weights |= {f"projector.{name}": tensor for name, tensor in projector.state_dict().items()}
     report("writing the model")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft / "model.safetensors")
+    (draft / "model.safetensors").chmod(0o644)  # the service may run as another user than the one who prepares it
     config = _config(decoder.config(), image_token_id, tower.out_features)
     (draft / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (draft / "README.md").write_text(CARD, encoding="utf-8")
@@ -235,7 +236,8 @@ Not a medical device; not for clinical use.
 
 | part | origin | licence | sha256 |
 |---|---|---|---|
-| decoder | SmolLM2-135M-Instruct (Hugging Face TB), quantized Q4_1, from the package {DECODER.name} {DECODER.version} | \
+| decoder | SmolLM2-135M-Instruct (Hugging Face TB), quantized Q4_1, \
+from the package {DECODER.name} {DECODER.version} | \
 Apache-2.0 | `{DECODER.member_sha256}` |
 | vision tower | EfficientNet-Lite0 trained on ImageNet, from the package {TOWER.name} {TOWER.version} | \
 Apache-2.0 | `{TOWER.member_sha256}` |

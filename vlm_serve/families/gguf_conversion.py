@@ -88,7 +88,8 @@ class GgufLlama:
                 name = f"model.layers.{layer}.{_IN_BLOCK[part]}.{kind}"
                 if part in heads:
                     values = _to_halves(values, self._field(heads[part]))
-            yield name, torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+            # A copy: what the file holds unquantized is a read-only view of it.
+            yield name, torch.from_numpy(np.array(values)).to(torch.bfloat16)
 
     def write_tokenizer(self, folder: Path, extra_special: str) -> int:
         """Writes `tokenizer.json` and its config, with one more special token past the vocabulary; returns its id."""

@@ -87,7 +87,8 @@ class LlavaFamily(ModelFamily):
         Raises:
             CheckpointError: the processor gives another size than the tower takes.
         """
-        made = self._image_processor(images=image.pixels, input_data_format="channels_last", return_tensors="pt")
+        # A copy: torch takes no array that is read-only, as decoded pixels are.
+        made = self._image_processor(images=image.pixels.copy(), input_data_format="channels_last", return_tensors="pt")
         pixels = made["pixel_values"][0].numpy().astype(np.float32, copy=False)
         side = self._tower.image_size
         if pixels.shape != (3, side, side):

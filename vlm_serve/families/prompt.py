@@ -53,7 +53,7 @@ class PromptRenderer:
             raise CheckpointError(f"The tokenizer does not know the image token {image_token!r} of config.json.")
         self._guarded = self._guarded_tokens(backend)
         # Copies of its own: no other user can switch truncation or padding on in them.
-        self._backend = _copy(backend, without=())
+        self.backend = _copy(backend, without=())
         self._plain = _copy(backend, without=tuple(self._guarded))
         self._takes_parts = self._template_takes_parts()
 
@@ -89,7 +89,7 @@ class PromptRenderer:
         Raises:
             InvalidRequestError: it is empty.
         """
-        token_ids = self._backend.encode(text).ids
+        token_ids = self.backend.encode(text).ids
         if self.image_token_id is not None and self.image_token_id in token_ids:
             token_ids = self._plain.encode(text).ids
         if not token_ids:
@@ -134,7 +134,7 @@ class PromptRenderer:
         unknown = getattr(self._tokenizer, "unk_token_id", None)
         guarded_ids = set(self._guarded.values()) - {unknown}
         return any(token in text for token in self._guarded) or not guarded_ids.isdisjoint(
-            self._backend.encode(text, add_special_tokens=False).ids
+            self.backend.encode(text, add_special_tokens=False).ids
         )
 
     def _apply(self, messages: list[dict[str, Any]]) -> str:
@@ -149,13 +149,13 @@ class PromptRenderer:
         # As transformers' processors do: the tokenizer adds its `<s>` unless the template wrote it.
         adds_special = not (isinstance(bos, str) and text.startswith(bos))
         if not hidden:
-            return self._backend.encode(text, add_special_tokens=adds_special).ids
-        token_ids = self._backend.encode("", add_special_tokens=adds_special).ids
+            return self.backend.encode(text, add_special_tokens=adds_special).ids
+        token_ids = self.backend.encode("", add_special_tokens=adds_special).ids
         for piece in re.split(f"({'|'.join(hidden)})", text):
             if piece in hidden:
                 token_ids += self._encode_plain(hidden[piece])
             else:
-                token_ids += self._backend.encode(piece, add_special_tokens=False).ids
+                token_ids += self.backend.encode(piece, add_special_tokens=False).ids
         return token_ids
 
     def _encode_plain(self, text: str) -> list[int]:

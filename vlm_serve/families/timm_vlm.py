@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vlm_serve.clinical.image import ClinicalImage
 from vlm_serve.decoders.config import DecoderConfig
 from vlm_serve.encoders.projector import MlpProjector
 from vlm_serve.encoders.timm_tower import TimmTower
 from vlm_serve.errors import CheckpointError
-from vlm_serve.families.base import ModelFamily, replace_prefix
+from vlm_serve.families.base import ModelFamily, read_tokenizer, replace_prefix
 from vlm_serve.types import ImageInputs
 
 MODEL_TYPE = "vlm_serve_timm"
@@ -58,6 +58,10 @@ class TimmVlmFamily(ModelFamily):
         defaults = AutoConfig.for_model(text.pop("model_type"), **text)
         self.decoder_config = DecoderConfig.from_hf(defaults.to_dict())
         self.max_tokens_per_image = self.grid[0] * self.grid[1]
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """By its own file alone: `AutoTokenizer` would warn that it does not know the config's model type."""
+        return read_tokenizer(PreTrainedTokenizerFast, self.folder)
 
     @classmethod
     def matches(cls, config: Mapping[str, Any]) -> bool:

@@ -132,7 +132,10 @@ class AsyncLLM:
         folder = await asyncio.to_thread(resolve_model, settings.model.model)
         family = await asyncio.to_thread(load_family, folder)
         on_phase("model folder", time.perf_counter() - began)
+        name = settings.model.served_name
         store = AdapterStore(settings.model.adapters)
+        if store.get(name) is not None:
+            raise AdapterError(f"An adapter has the base model's own name {name!r}. Rename its folder.")
         began = time.perf_counter()
         ingest = Ingest(family, settings.ingest)
         on_phase(f"decode workers ({settings.ingest.workers})", time.perf_counter() - began)
@@ -143,7 +146,6 @@ class AsyncLLM:
         except BaseException:
             await asyncio.to_thread(ingest.close)
             raise
-        name = settings.model.served_name
         models = tuple(_served_models(name, folder, family, store, max_model_len))
         limit = settings.engine.max_num_seqs + settings.server.max_waiting_requests
         return cls(engine, ingest, family, models, limit)
@@ -221,6 +223,4 @@ def _served_models(
     )
     yield base
     for adapter in store.adapters:
-        if adapter.name == name:
-            raise AdapterError(f"An adapter has the base model's own name {name!r}. Rename its folder.")
         yield replace(base, id=adapter.name, parent=name, digest=adapter.digest)

@@ -236,7 +236,7 @@ class LLM:
 def _one_each(value: T | Sequence[T], count: int, name: str) -> list[T]:
     """`value` for each of `count` prompts, or one of its own for each."""
     if isinstance(value, str) or not isinstance(value, Sequence):
-        return [cast(T, value)] * count
+        return [value] * count
     if len(value) != count:
         raise InvalidRequestError(f"{len(value)} {name} for {count} prompts. Give one, or one for each.", param=name)
     return list(value)

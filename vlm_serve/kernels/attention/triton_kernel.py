@@ -105,11 +105,14 @@ def paged_attention_kernel(
     tl.store(out_ptr + out_offset[:, None] + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=used)
 
 
-def tile_sizes(group: int, head_dim: int, block_size: int, max_query_len: int) -> dict[str, int]:
+def tile_sizes(
+    group: int, head_dim: int, block_size: int, max_query_len: int, dtype: torch.dtype
+) -> dict[str, int]:
     """The kernel's compile-time constants for a model and the longest grant of a batch."""
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    rows = 16 if max_query_len == 1 else 64
-    rows = max(rows, triton.next_power_of_2(group))
+    # Exact float32 products are unrolled to single multiplications, which takes the compiler long for a large tile.
+    exact = dtype == torch.float32
+    rows = max(16 if max_query_len == 1 or exact else 64, triton.next_power_of_2(group))
     return {
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -117,7 +120,7 @@ def tile_sizes(group: int, head_dim: int, block_size: int, max_query_len: int) -
         "TILE_TOKENS": rows // group,
         "TILE_ROWS": rows,
         # Keys and values of a tile, twice buffered, stay within the shared memory of a small GPU.
-        "TILE_KEYS": 64 if padded_dim <= 128 else 32,
+        "TILE_KEYS": 32 if padded_dim > 128 or exact else 64,
         "PADDED_DIM": padded_dim,
     }
 
@@ -138,7 +141,7 @@ def paged_attention(
     num_kv_heads, block_size = key_cache.shape[1:3]
     assert key_cache.is_contiguous() and value_cache.is_contiguous() and query.stride(2) == 1
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    sizes = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, max_query_len)
+    sizes = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, max_query_len, query.dtype)
     num_sequences = kv_lengths.shape[0]
     grid = (num_tokens // sizes["TILE_TOKENS"] + num_sequences, num_kv_heads)
     paged_attention_kernel[grid](

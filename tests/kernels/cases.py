@@ -1,0 +1,120 @@
+"""Ragged batches over a paged cache, for the tests of every implementation of attention and cache writes."""
+
+from dataclasses import dataclass
+
+import torch
+
+NO_BLOCK = 2**30
+"""Fills block tables past a sequence's length: reading through it leaves the cache."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one call, and the scale."""
+
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_tables: torch.Tensor
+    kv_lengths: torch.Tensor
+    query_start: torch.Tensor
+    scale: float
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            self.block_tables,
+            self.kv_lengths,
+            self.query_start,
+        )
+
+    def to(self, device: str) -> "Batch":
+        return Batch(*(tensor.to(device) for tensor in self.tensors), scale=self.scale)
+
+    @property
+    def granted(self) -> int:
+        return int(self.query_start[-1])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape: for each sequence how many keys it has and how many of its last tokens are computed in this step."""
+
+    kv_lengths: tuple[int, ...]
+    granted: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    padding: int = 0
+
+    @property
+    def name(self) -> str:
+        kind = "decode" if max(self.granted) == 1 else "prefill" if self.granted == self.kv_lengths else "mixed"
+        shape = f"Hq{self.heads}-Hkv{self.kv_heads}-D{self.head_dim}-B{self.block_size}"
+        return f"S{len(self.kv_lengths)}-{shape}-{kind}" + (f"-P{self.padding}" if self.padding else "")
+
+    def build(self, dtype: torch.dtype, seed: int = 0) -> Batch:
+        """Random values in scattered blocks. Cache memory that no token was written to holds NaN."""
+        random = torch.Generator().manual_seed(seed)
+        needed = [-(-length // self.block_size) for length in self.kv_lengths]
+        blocks = torch.randperm(sum(needed) + 3, generator=random).int()
+        shape = (len(blocks), self.kv_heads, self.block_size, self.head_dim)
+        key_cache, value_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        block_tables = torch.full((len(needed), max(needed) + 2), NO_BLOCK, dtype=torch.int32)
+        taken = 0
+        for sequence, (count, length) in enumerate(zip(needed, self.kv_lengths, strict=True)):
+            own = blocks[taken : taken + count]
+            taken += count
+            block_tables[sequence, :count] = own
+            for index, block in enumerate(own.tolist()):
+                written = min(self.block_size, length - index * self.block_size)
+                rows = torch.randn(2, self.kv_heads, written, self.head_dim, generator=random)
+                key_cache[block, :, :written], value_cache[block, :, :written] = rows
+        tokens = sum(self.granted) + self.padding
+        return Batch(
+            query=torch.randn(tokens, self.heads, self.head_dim, generator=random).to(dtype),
+            key_cache=key_cache.to(dtype),
+            value_cache=value_cache.to(dtype),
+            block_tables=block_tables,
+            kv_lengths=torch.tensor(self.kv_lengths, dtype=torch.int32),
+            query_start=torch.tensor([0, *self.granted]).cumsum(0).int(),
+            scale=self.head_dim**-0.5,
+        )
+
+
+MIXED = ((70, 1, 133, 40, 200, 65), (5, 1, 133, 40, 1, 1))
+DECODE = ((1, 16, 17, 64, 65, 129), (1,) * 6)
+
+CASES = [
+    Case(*MIXED, heads=9, kv_heads=3, head_dim=64, block_size=16),
+    Case(*MIXED, heads=9, kv_heads=3, head_dim=64, block_size=16, padding=3),
+    Case(*DECODE, heads=9, kv_heads=3, head_dim=64, block_size=16, padding=2),
+    Case((133, 40), (133, 40), heads=3, kv_heads=3, head_dim=128, block_size=16),
+    Case(*MIXED, heads=4, kv_heads=4, head_dim=72, block_size=8),
+    Case(*MIXED, heads=8, kv_heads=2, head_dim=80, block_size=1),
+    Case(*MIXED, heads=14, kv_heads=2, head_dim=256, block_size=16),
+    Case(*DECODE, heads=28, kv_heads=4, head_dim=128, block_size=24),
+    Case((20, 30, 40), (20, 0, 7), heads=7, kv_heads=1, head_dim=8, block_size=4),
+]
+
+SMALL_CASES = [
+    Case((20, 1, 33, 7), (5, 1, 33, 1), heads=9, kv_heads=3, head_dim=64, block_size=16),
+    Case((20, 1, 33, 7), (1, 1, 1, 1), heads=9, kv_heads=3, head_dim=64, block_size=16, padding=3),
+    Case((20, 9), (20, 9), heads=4, kv_heads=4, head_dim=72, block_size=8),
+    Case((20, 9, 70), (3, 0, 4), heads=14, kv_heads=2, head_dim=80, block_size=16),
+    Case((40, 9), (1, 1), heads=28, kv_heads=4, head_dim=128, block_size=16),
+    Case((20, 9), (4, 9), heads=8, kv_heads=2, head_dim=256, block_size=16),
+]
+"""For Triton's interpreter, which runs program by program."""
+
+
+def names(cases: list[Case]) -> list[str]:
+    return [case.name for case in cases]
+
+
+ONE_UNIT = {torch.float32: (0.0, 5e-6), torch.bfloat16: (2**-7, 1e-5)}
+"""`rtol` and `atol` of an implementation that accumulates in float32: in bfloat16 one unit of the last place."""

@@ -1,0 +1,154 @@
+import pytest
+import torch
+
+from tests.kernels.cases import CASES, ONE_UNIT, Batch, Case, names
+from vlm_serve.kernels import cpp_library, dispatch
+from vlm_serve.kernels.attention import cpu, reference, torch_batched
+
+DTYPES = [torch.float32, torch.bfloat16]
+IMPLEMENTATIONS = {"cpp": cpu.paged_attention, "torch": torch_batched.paged_attention}
+
+
+def attend(implementation: str, batch: Batch) -> torch.Tensor:
+    if implementation == "cpp" and not cpp_library.load():
+        pytest.skip("no C++ compiler")
+    return IMPLEMENTATIONS[implementation](*batch.tensors, scale=batch.scale)
+
+
+def tokens_of(batch: Batch, out: torch.Tensor, sequence: int) -> torch.Tensor:
+    start, end = batch.query_start[sequence : sequence + 2].tolist()
+    return out[start:end]
+
+
+def only(batch: Batch, sequence: int) -> Batch:
+    """The batch of one of its sequences, over the same cache."""
+    query = tokens_of(batch, batch.query, sequence)
+    return Batch(
+        query,
+        batch.key_cache,
+        batch.value_cache,
+        batch.block_tables[sequence : sequence + 1],
+        batch.kv_lengths[sequence : sequence + 1],
+        torch.tensor([0, len(query)], dtype=torch.int32),
+        batch.scale,
+    )
+
+
+def part(batch: Batch, start: int, end: int) -> Batch:
+    """Tokens `start` to `end` of a whole prefill of one sequence, as a later step would compute them."""
+    return Batch(
+        batch.query[start:end],
+        batch.key_cache,
+        batch.value_cache,
+        batch.block_tables,
+        torch.tensor([end], dtype=torch.int32),
+        torch.tensor([0, end - start], dtype=torch.int32),
+        batch.scale,
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+def test_every_implementation_agrees_with_the_reference(implementation: str, dtype: torch.dtype, case: Case) -> None:
+    batch = case.build(dtype)
+    rtol, atol = ONE_UNIT[dtype]
+    expected = reference.paged_attention(*batch.tensors, scale=batch.scale)
+    out = attend(implementation, batch)
+    torch.testing.assert_close(out[: batch.granted], expected[: batch.granted], rtol=rtol, atol=atol)
+
+
+def test_the_reference_is_the_softmax_of_the_formula() -> None:
+    batch = Case((3,), (2,), heads=1, kv_heads=1, head_dim=2, block_size=2).build(torch.float32)
+    keys, values = (
+        cache[batch.block_tables[0, :2].long(), 0].reshape(4, 2)[:3] for cache in (batch.key_cache, batch.value_cache)
+    )
+    expected = []
+    for query, seen in zip(batch.query[:, 0], (2, 3), strict=True):
+        weights = torch.stack([(query @ keys[index] * batch.scale).exp() for index in range(seen)])
+        expected.append((weights[:, None] * values[:seen]).sum(0) / weights.sum())
+    out = reference.paged_attention(*batch.tensors, scale=batch.scale)
+    torch.testing.assert_close(out[:, 0], torch.stack(expected))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_output_of_padding_is_finite(implementation: str) -> None:
+    batch = next(case for case in CASES if case.padding).build(torch.float32)
+    assert attend(implementation, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_query_may_be_a_slice_of_stacked_projections(implementation: str) -> None:
+    batch = CASES[0].build(torch.bfloat16)
+    stacked = torch.full((len(batch.query), 15, 64), torch.nan, dtype=torch.bfloat16)
+    stacked[:, :9] = batch.query
+    sliced = Batch(stacked[:, :9], *batch.tensors[1:], scale=batch.scale)
+    assert torch.equal(attend(implementation, sliced), attend(implementation, batch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype, case: Case) -> None:
+    batch = case.build(dtype)
+    out = attend("cpp", batch)
+    for sequence in range(len(case.granted)):
+        assert torch.equal(tokens_of(batch, out, sequence), attend("cpp", only(batch, sequence)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), [(9, 64), (3, 80), (21, 128)])
+def test_a_prefill_gets_the_same_bits_wherever_it_is_cut(dtype: torch.dtype, heads: int, head_dim: int) -> None:
+    whole = Case((150,), (150,), heads=heads, kv_heads=3, head_dim=head_dim, block_size=16).build(dtype)
+    out = attend("cpp", whole)
+    for cut in (1, 31, 32, 63, 64, 65, 149):
+        assert torch.equal(attend("cpp", part(whole, 0, cut)), out[:cut])
+        assert torch.equal(attend("cpp", part(whole, cut, 150)), out[cut:])
+    for position in (0, 63, 64, 149):
+        assert torch.equal(attend("cpp", part(whole, position, position + 1)), out[position : position + 1])
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    batch = CASES[0].build(torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = attend("cpp", batch)
+        torch.set_num_threads(4)
+        assert torch.equal(attend("cpp", batch), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_key_that_dominates_by_far_neither_overflows_nor_vanishes() -> None:
+    batch = Case((200,), (1,), heads=2, kv_heads=1, head_dim=16, block_size=16).build(torch.float32)
+    block, offset = int(batch.block_tables[0, 150 // 16]), 150 % 16
+    batch.key_cache[block, 0, offset] = batch.query[0, 0] * 1000
+    for implementation in IMPLEMENTATIONS:
+        out = attend(implementation, batch)
+        torch.testing.assert_close(out[0, 0], batch.value_cache[block, 0, offset], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"), [(-1, "does not have"), (10_000, "does not have")], ids=["negative", "past the cache"]
+)
+def test_a_block_that_the_cache_does_not_have_is_refused(block: int, message: str) -> None:
+    batch = CASES[0].build(torch.float32)
+    batch.block_tables[2, 1] = block
+    with pytest.raises(RuntimeError, match=message):
+        attend("cpp", batch)
+
+
+def test_dispatch_takes_the_cpp_operator_for_its_dtypes_and_torch_for_others() -> None:
+    for dtype, implementation in ((torch.float32, "cpp"), (torch.bfloat16, "cpp"), (torch.float16, "torch")):
+        batch = CASES[0].build(dtype)
+        out = dispatch.paged_attention(*batch.tensors, scale=batch.scale, max_query_len=133)
+        assert torch.equal(out, attend(implementation, batch))
+
+
+def test_padded_scores_are_kept_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = CASES[0].build(torch.float32)
+    whole = attend("torch", batch)
+    monkeypatch.setattr(torch_batched, "SCORES_BUDGET", 9 * 2 * 200)
+    groups = torch_batched._groups(batch.kv_lengths.tolist(), batch.query_start.diff().tolist(), 9)
+    assert sorted(map(len, groups)) == [1, 1, 1, 1, 2]
+    torch.testing.assert_close(attend("torch", batch), whole, rtol=0, atol=1e-6)
