@@ -12,14 +12,14 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from vlm_serve.clinical.image import ClinicalImage, ImageReceipt
 from vlm_serve.config import EngineConfig, ModelConfig
@@ -63,7 +63,7 @@ def run_engine(engine: Engine, prompts: list[Prompt], output: int) -> dict[str, 
 
 
 @torch.inference_mode()
-def run_transformers(model: LlamaForCausalLM, engine: Engine, prompts: list[Prompt], output: int) -> dict[str, float]:
+def run_transformers(model: Any, engine: Engine, prompts: list[Prompt], output: int) -> dict[str, float]:
     """`generate` on the left-padded batch; images' embeddings come from the same tower, in one batch."""
     began = time.perf_counter()
     embed = model.get_input_embeddings()
@@ -130,9 +130,23 @@ def where_a_step_goes(engine: Engine, prompts: list[Prompt], steps: int = 10) ->
     return {"step_ms": milliseconds} | {name: share / total for name, share in shares.items()}
 
 
+def load_reference(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The embedded model's decoder as transformers' own."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # once vlm_serve has made torchvision importable
+
+    config = LlamaConfig(**json.loads((folder / "config.json").read_text())["text_config"])
+    model = LlamaForCausalLM(config)
+    weights = load_file(folder / "model.safetensors")
+    missing, _ = model.load_state_dict(
+        {name: tensor for name, tensor in weights.items() if name.startswith(("model.", "lm_head."))}, strict=False
+    )
+    assert set(missing) <= {"lm_head.weight"}, missing
+    model.tie_weights()
+    return model.to(device, dtype).eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="demo, or a checkpoint whose decoder transformers loads alone")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=int, default=64, help="tokens a request")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
@@ -140,14 +154,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the raw result goes, as JSON")
     arguments = parser.parse_args()
 
-    folder = resolve_model(arguments.model)
+    folder = resolve_model("demo")
     family = load_family(folder)
-    engine = Engine.build(
-        family, ModelConfig(arguments.model, dtype=arguments.dtype), EngineConfig(enable_prefix_caching=False)
-    )
+    engine = Engine.build(family, ModelConfig("demo", dtype=arguments.dtype), EngineConfig(enable_prefix_caching=False))
     runner = engine.runner
-    reference = AutoModelForCausalLM.from_pretrained(folder / family.text_model, dtype=runner.dtype).to(runner.device)
-    reference = reference.eval()
+    reference = load_reference(folder, runner.dtype, runner.device)
     rows = []
     for kind in ("text", "one image"):
         for concurrency in arguments.concurrency:
@@ -183,11 +194,11 @@ def main() -> None:
     if arguments.out:
         result = {
             "what": "benchmarks/offline.py",
-            "model": arguments.model,
+            "model": "demo",
             "dtype": str(runner.dtype),
             "device": torch.cuda.get_device_name() if runner.device.type == "cuda" else platform.processor(),
             "threads": torch.get_num_threads(),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {"torch": torch.__version__, "transformers": version("transformers")},
             "rows": rows,
             "decode_step": steps,
         }

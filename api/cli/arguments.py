@@ -77,7 +77,6 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     bench.add_argument("--concurrency", default="1,8,32", help="requests at once (default: 1,8,32)")
     bench.add_argument("--requests", type=int, help="requests a run (default: four times the concurrency)")
     bench.add_argument("--max-tokens", type=int, default=32, help="length of each answer (default: 32)")
-    bench.add_argument("--image", type=Path, metavar="FILE", help="the image to send (default: a generated one)")
     bench.add_argument("--out", type=Path, metavar="FILE", help="write each request's times as JSON")
     _add_model(bench)
     return parser

@@ -1,6 +1,7 @@
 """`vlm-serve bench`: load on a server over HTTP, as its users see it: time to first token, time between tokens.
 
-Every prompt is different, so that no prefix is found in a cache, and every answer has the same length.
+Every prompt and every image is different, so that nothing is found in a cache, and every answer has the same
+length. Images are made before the clock starts.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from api.cli.arguments import given_settings
-from api.cli.files import data_url, read_image
+from api.cli.files import data_url
 from vlm_serve import __version__
 from vlm_serve.errors import InvalidRequestError, ServiceError
 from vlm_serve.types import ImagePart, JsonObject
@@ -96,13 +97,12 @@ def bench(arguments: argparse.Namespace) -> int:
 async def _bench(
     arguments: argparse.Namespace, levels: tuple[int, ...], console: Console
 ) -> tuple[list[RunResult], JsonObject]:
-    image = data_url(read_image(arguments.image)) if arguments.image else _generated_image()
     results = []
     async with _server(arguments, console) as url:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, timeout=START_TIMEOUT, limits=limits) as client:
             model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]
-            load = _Load(client, model["id"], arguments.max_tokens, image)
+            load = _Load(client, model["id"], arguments.max_tokens)
             workloads = ("text", "image") if model["max_tokens_per_image"] else ("text",)
             with Progress(console=console, transient=True) as progress:
                 for workload in workloads:
@@ -142,27 +142,27 @@ async def _url_of(process: asyncio.subprocess.Process, console: Console) -> str:
     while line := (await process.stdout.readline()).decode():
         if line.startswith("Ready at "):
             return line.split()[2].rstrip(".")
-        console.print(line.rstrip(), markup=False)
+        console.print(line.rstrip(), markup=False, soft_wrap=True)
     raise ServiceError("The server did not start; its own message is above.")
 
 
 class _Load:
     """Sends requests of one shape to one server."""
 
-    def __init__(self, client: httpx.AsyncClient, model: str, max_tokens: int, image_url: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, model: str, max_tokens: int) -> None:
         self._client = client
         self._model = model
         self._max_tokens = max_tokens
-        self._image_url = image_url
         self._numbers = count(time.time_ns() // 1_000_000)
 
     async def run(self, workload: str, concurrency: int, requests: int, on_done: Callable[[], object]) -> RunResult:
-        waiting = iter(range(requests))
+        contents = [self._content(workload) for _ in range(requests)]
+        waiting = iter(contents)
         timings: list[Timing] = []
 
         async def worker() -> None:
-            for _ in waiting:
-                timings.append(await self._one(workload))
+            for content in waiting:
+                timings.append(await self._one(content))
                 on_done()
 
         start = time.perf_counter()
@@ -171,10 +171,14 @@ class _Load:
                 group.create_task(worker())
         return RunResult(workload, concurrency, time.perf_counter() - start, tuple(timings))
 
-    async def _one(self, workload: str) -> Timing:
-        content: list[JsonObject] = [{"type": "text", "text": QUESTION.format(number=next(self._numbers))}]
-        if workload == "image":
-            content.insert(0, {"type": "image_url", "image_url": {"url": self._image_url}})
+    def _content(self, workload: str) -> list[JsonObject]:
+        number = next(self._numbers)
+        text = {"type": "text", "text": QUESTION.format(number=number)}
+        if workload == "text":
+            return [text]
+        return [{"type": "image_url", "image_url": {"url": _generated_image(number)}}, text]
+
+    async def _one(self, content: list[JsonObject]) -> Timing:
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": content}],
@@ -206,9 +210,9 @@ class _Load:
         return Timing(times[0] if times else total, gaps, total, usage["prompt_tokens"], usage["completion_tokens"])
 
 
-def _generated_image() -> str:
-    """A smooth 512×512 picture, so that the work is decoding and encoding, not the transfer."""
-    ramp = np.linspace(0, 4 * np.pi, 512)
+def _generated_image(number: int) -> str:
+    """A smooth 512×512 picture, another for each number."""
+    ramp = np.linspace(0, 4 * np.pi, 512) + number
     pixels = (127.5 * (1 + np.outer(np.sin(ramp), np.cos(ramp)))).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")

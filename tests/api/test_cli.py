@@ -153,7 +153,9 @@ def test_bench_measures_text_and_images_and_writes_every_request(
     assert (len(timing["inter_token"]), timing["completion_tokens"]) == (1, 2)
     assert result["summary"][0]["output_tokens_per_second"] > 0
     texts = [chat.messages[0].content[-1] for _, chat, _ in scripted.llm.asked]
+    images = [image for _, chat, _ in scripted.llm.asked for image in chat.images]
     assert len(set(texts)) == len(texts)
+    assert len(set(images)) == len(images) > 0
     assert "TTFT p50" in capsys.readouterr().out
 
 

@@ -248,6 +248,8 @@ def test_a_client_that_leaves_frees_the_engine(served: Served, stream: bool) -> 
     )
     if stream:
         read_until(client, b'"content":"')
+    else:
+        assert any(_metrics(served)["vlm_serve:num_requests_running"] for _ in range(200)), "the engine never ran it"
     client.close()
     # The engine's steps are in order: once a later request has ended, the abort has been seen.
     served.ask(asking(text="Compare"), max_tokens=40, extra_body={"ignore_eos": True})
@@ -263,9 +265,10 @@ def test_inspect_dicom_shows_what_the_server_decodes(
     assert main(["inspect-dicom", CT, "--json", "--png", str(out)]) == 0
     receipt = json.loads(capsys.readouterr().out)
     answer = served.ask(asking(dicom_part(Path(CT).read_bytes())))
-    (image,) = answer.model_extra["x_vlm_serve"]["images"]
-    assert receipt == {name: value for name, value in image.items() if name != "digest"}
-    assert Image.open(out).size == (128, 128)
+    (shown,) = answer.model_extra["x_vlm_serve"]["images"]
+    assert receipt == {name: value for name, value in shown.items() if name != "digest"}
+    with Image.open(out) as image:
+        assert image.size == (128, 128)
 
 
 def test_inspect_dicom_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

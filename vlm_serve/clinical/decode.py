@@ -72,11 +72,11 @@ def decode(data: bytes | memoryview, media_type: str, limits: DecodeLimits) -> C
             if actual == dicom.MEDIA_TYPE:
                 return dicom.decode_dicom(data, limits)
             return raster.decode_raster(data, actual, limits)
-        except VlmServeError:
-            raise
+        except VlmServeError as error:
+            translated: VlmServeError = error
         except Exception as error:  # noqa: BLE001 - the table decides, and nothing foreign may pass
             translated = next(ours for kind, ours in _TRANSLATION if isinstance(error, kind))
-    # Raised out here, it has no foreign exception as its context, whose text a traceback would print.
+    # Made anew and raised out here, it has no foreign exception as its context, whose text a traceback may print.
     raise type(translated)(str(translated))
 
 

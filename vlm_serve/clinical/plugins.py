@@ -46,7 +46,13 @@ def decode_jpeg2000(src: bytes, runner: DecodeRunner) -> bytearray:
 
 def decode_rle(src: bytes, runner: DecodeRunner) -> bytearray:
     """One frame of RLE, its samples in planes as they are encoded."""
-    frame = decode_rle_frame(src, version=2, **runner.options)
+    try:
+        frame = decode_rle_frame(src, version=2, **runner.options)
+    except BaseException as error:
+        # A panic of the Rust code is no `Exception`, so neither pydicom nor `decode.py` would stop it.
+        if type(error).__name__ == "PanicException":
+            raise ValueError("the RLE data are damaged") from None
+        raise
     runner.set_option("planar_configuration", 1)
     assert isinstance(frame, bytearray)
     return frame

@@ -24,7 +24,8 @@ class KVCache:
         cls, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> "KVCache":
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        # Left as it is: no kernel reads what was not written.
+        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
     @property
     def num_blocks(self) -> int:

@@ -4,13 +4,14 @@ SmolLM2-135M-Instruct answers; EfficientNet-Lite0 looks. The projector between t
 the model's card and every answer's notice say so.
 """
 
+import itertools
 import json
 import logging
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,13 +179,18 @@ def extend_template(template: str) -> str:
 def _load_tower(path: Path) -> TimmTower:
     """The package's EfficientNet in timm's: the names differ, the order of the tensors is the same."""
     tower = TimmTower("tf_efficientnet_lite0", GRID).eval()
-    theirs = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
     ours = tower.model.state_dict()
-    body, head = theirs[: len(ours)], theirs[len(ours) :]
-    if [t.shape for t in body] != [t.shape for t in ours.values()] or len(head) != 2:
+    body = dict(itertools.islice(theirs.items(), len(ours)))  # without the classifier, which is last
+    if _outline(body) != _outline(ours):
         raise CheckpointError(f"{path.name} does not hold the layers of EfficientNet-Lite0 in their order.")
-    tower.model.load_state_dict(dict(zip(ours, body, strict=True)))
+    tower.model.load_state_dict(dict(zip(ours, body.values(), strict=True)))
     return tower
+
+
+def _outline(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
+    """The kind (`weight`, `running_mean`, …) and shape of each tensor, in order."""
+    return [(name.rpartition(".")[2], tensor.shape) for name, tensor in tensors.items()]
 
 
 @torch.inference_mode()

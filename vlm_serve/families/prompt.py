@@ -84,7 +84,8 @@ class PromptRenderer:
         return self._expand(self._encode(text, hidden), images)
 
     def encode_text(self, text: str) -> Prompt:
-        """A bare prompt, as the caller wrote it: special tokens in it count, but for the image token.
+        """A bare prompt, as the caller wrote it: special tokens in it count. With the image's placeholder in it,
+        for which there can be no image here, it is plain text throughout.
 
         Raises:
             InvalidRequestError: it is empty.
@@ -203,8 +204,21 @@ class PromptRenderer:
 
 
 def _copy(backend: Tokenizer, without: Sequence[str]) -> Tokenizer:
-    """The same tokenizer without truncation, padding and some of its added tokens."""
+    """The same tokenizer without truncation, padding and the power of some added tokens over text."""
     content = json.loads(backend.to_str())
     content["truncation"] = content["padding"] = None
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in without]
-    return Tokenizer.from_str(json.dumps(content))
+    added = content["added_tokens"]
+    vocabulary = Tokenizer.from_str(json.dumps(content | {"added_tokens": []}))
+    kept = []
+    for token in added:
+        if token["content"] not in without:
+            kept.append(token)
+        elif vocabulary.token_to_id(token["content"]) is None:
+            # Ids past the vocabulary are counted through: the place is kept, under a name that nobody can type.
+            kept.append(token | {"content": secrets.token_hex(32)})
+    content["added_tokens"] = kept
+    copy = Tokenizer.from_str(json.dumps(content))
+    for token in added:
+        if token["content"] not in without and copy.token_to_id(token["content"]) != token["id"]:
+            raise CheckpointError(f"The tokenizer's added token {token['content']!r} has an id out of order.")
+    return copy

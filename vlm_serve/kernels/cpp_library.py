@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 NAME = "vlm_serve_kernels"
 SOURCES = sorted(Path(__file__).parent.glob("*/cpu.cpp"))
-HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+HEADERS = sorted(Path(__file__).parent.rglob("*.h"))
 FLAGS = ("-O3", "-march=native", "-Wall")
 
 
@@ -43,11 +44,18 @@ def load() -> bool:
     except (OSError, RuntimeError, ImportError) as error:
         log.warning(
             "The C++ kernels could not be built (%s); attention on the CPU takes the slower torch path. "
-            "Install a C++20 compiler (g++ 10 or newer) and ninja, or name one in CXX, and start again.",
-            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            "Install a C++20 compiler (g++ 11 or newer) and ninja, or name a compiler in CXX, and start again.",
+            _cause(error),
         )
+        log.debug("The failed build of the C++ kernels", exc_info=error)
         return False
     return True
+
+
+def _cause(error: Exception) -> str:
+    """The line that says what went wrong: the compiler's first error, if there is one."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error: " in line), lines[0])
 
 
 def _build(library: Path) -> None:
@@ -55,6 +63,9 @@ def _build(library: Path) -> None:
     # Imported late: it brings setuptools, which only a build needs.
     from torch.utils import cpp_extension
 
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise OSError(f"there is no compiler {compiler}")
     log.info("Compiling the C++ kernels for this machine (some seconds, once)")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         # One unit of all sources: torch's headers, most of the work, are read once.

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from vlm_serve.kernels import cpp_library
+from vlm_serve.kernels.activation import cpu as activation_cpu
+from vlm_serve.kernels.activation import reference as activation_torch
 from vlm_serve.kernels.attention import cpu as attention_cpu
 from vlm_serve.kernels.attention import torch_batched as attention_torch
 from vlm_serve.kernels.kv_cache import cpu as kv_cache_cpu
@@ -16,8 +18,16 @@ from vlm_serve.kernels.kv_cache import reference as kv_cache_torch
 from vlm_serve.kernels.linear import OneDnnLinear, PackedLinear, PlainLinear
 from vlm_serve.kernels.lora import reference as lora_torch
 from vlm_serve.kernels.lora.reference import Segment
+from vlm_serve.kernels.norm import cpu as norm_cpu
+from vlm_serve.kernels.norm import reference as norm_torch
+from vlm_serve.kernels.rotary import cpu as rotary_cpu
+from vlm_serve.kernels.rotary import reference as rotary_torch
 
 CPP_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _takes_cpp(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in CPP_DTYPES and cpp_library.load()
 
 
 def prepare(device: torch.device) -> None:
@@ -55,10 +65,10 @@ def paged_attention(
     """
     tensors = (query, key_cache, value_cache, block_tables, kv_lengths, query_start)
     if query.device.type == "cuda":
-        from vlm_serve.kernels.attention import triton_kernel
+        from vlm_serve.kernels.attention import triton_kernel as attention_triton
 
-        return triton_kernel.paged_attention(*tensors, scale=scale, max_query_len=max_query_len)
-    if query.dtype in CPP_DTYPES and cpp_library.load():
+        return attention_triton.paged_attention(*tensors, scale=scale, max_query_len=max_query_len)
+    if _takes_cpp(query):
         return attention_cpu.paged_attention(*tensors, scale=scale)
     return attention_torch.paged_attention(*tensors, scale=scale)
 
@@ -77,10 +87,10 @@ def write_kv_cache(
         slot_mapping: int64 `[T]`, `block * block_size + offset`, each slot at most once; -1 writes nothing.
     """
     if key.device.type == "cuda":
-        from vlm_serve.kernels.kv_cache import triton_kernel
+        from vlm_serve.kernels.kv_cache import triton_kernel as kv_cache_triton
 
-        triton_kernel.write_kv_cache(key, value, key_cache, value_cache, slot_mapping)
-    elif key.dtype in CPP_DTYPES and cpp_library.load():
+        kv_cache_triton.write_kv_cache(key, value, key_cache, value_cache, slot_mapping)
+    elif _takes_cpp(key):
         kv_cache_cpu.write_kv_cache(key, value, key_cache, value_cache, slot_mapping)
     else:
         kv_cache_torch.write_kv_cache(key, value, key_cache, value_cache, slot_mapping)
@@ -104,3 +114,19 @@ def apply_lora(out: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment]) 
             folded into B; ranks may differ. A token has one adapter at most.
     """
     lora_torch.apply_lora(out, x, segments)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x `[..., size]` over the root of its mean square on the last axis, times `weight [size]`; float32 inside."""
+    norm = norm_cpu.rms_norm if _takes_cpp(x) else norm_torch.rms_norm
+    return norm(x, weight, eps)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`[..., 2 * width]`, the gate before the other half -> `silu(gate) * up`, `[..., width]`."""
+    return activation_cpu.silu_and_mul(gate_up) if _takes_cpp(gate_up) else activation_torch.silu_and_mul(gate_up)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the two halves of each head, x `[T, heads, head_dim]`, by cos and sin `[T, 1, head_dim]` of its dtype."""
+    return rotary_cpu.rotate(x, cos, sin) if _takes_cpp(x) else rotary_torch.rotate(x, cos, sin)

@@ -75,10 +75,26 @@ inline Floats load(const BFloat16* from) {
   return reinterpret_cast<const Floats&>(words);
 }
 
-inline void round_to(float value, float* to) { *to = value; }
-inline void round_to(float value, BFloat16* to) {
-  uint32_t word;
-  std::memcpy(&word, &value, sizeof word);
-  // To the nearest, ties to even; a NaN stays one.
-  to->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+// To the nearest, ties to even; a NaN stays one.
+inline void store(BFloat16* to, Floats value) {
+  const Words words = reinterpret_cast<const Words&>(value);
+  const Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+  *reinterpret_cast<Halves*>(to) = __builtin_convertvector(value == value ? rounded : Words{} + 0x7fc0, Halves);
+}
+
+// The first `count` lanes; the others are zero, or left as they are in memory.
+template <typename T>
+inline Floats load(const T* from, int64_t count) {
+  if (count >= LANES) return load(from);
+  T lanes[LANES] = {};
+  for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = from[lane];
+  return load(lanes);
+}
+
+template <typename T>
+inline void store(T* to, Floats value, int64_t count) {
+  if (count >= LANES) return store(to, value);
+  T lanes[LANES];
+  store(lanes, value);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = lanes[lane];
 }

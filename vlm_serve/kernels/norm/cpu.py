@@ -1,0 +1,11 @@
+"""Root-mean-square norm on a CPU by the C++ operator of `cpu.cpp`."""
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `dispatch.rms_norm`, float32 or bfloat16; `cpp_library.load()` comes first."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    torch.ops.vlm_serve.rms_norm(out, x, weight, eps)
+    return out

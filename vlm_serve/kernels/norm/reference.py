@@ -1,0 +1,9 @@
+"""Root-mean-square norm (arXiv 1910.07467) in torch: the specification, and the path of a GPU."""
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `dispatch.rms_norm`."""
+    return F.rms_norm(x, weight.shape, weight, eps)
