@@ -100,8 +100,8 @@ class Local:
     @asynccontextmanager
     async def load(cls, arguments: argparse.Namespace, console: Console) -> AsyncIterator["Local"]:
         settings = load_settings(given_settings(arguments), os.environ, arguments.config)
-        with console.status("Loading the model …"):
-            llm = await AsyncLLM.start(settings)
+        with console.status("Loading the model …") as status:
+            llm = await AsyncLLM.start(settings, on_progress=lambda what: status.update(f"{what} …"))
         try:
             yield cls(llm, llm.models[0].id)
         finally:

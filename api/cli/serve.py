@@ -39,7 +39,13 @@ async def run_server(settings: Settings, console: Console) -> int:
         ConfigurationError: the port is taken, or the model or its settings are wrong.
     """
     with bind(settings.server) as listener, stop_signals() as stop:
-        starting = asyncio.ensure_future(AsyncLLM.start(settings, lambda name, s: print_phase(console, name, s)))
+        starting = asyncio.ensure_future(
+            AsyncLLM.start(
+                settings,
+                on_phase=lambda name, seconds: print_phase(console, name, seconds),
+                on_progress=lambda what: console.print(f"  [dim]…[/] {what}", highlight=False),
+            )
+        )
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()

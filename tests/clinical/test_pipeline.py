@@ -237,7 +237,7 @@ def test_ybr_full_is_converted_by_the_standards_matrix() -> None:
 def test_a_palette_colours_its_indices(syntax: str) -> None:
     stored = np.array([[0, 9, 10, 11, 12, 200]], np.uint8)
     palettes: dict[str, Any] = {}
-    entries = {"Red": [0, 0x8080, 0xFFFF], "Green": [0x0101, 0x0202, 0x0303], "Blue": [0xFFFF, 0, 0x4040]}
+    entries = {"Red": [0, 0x8080, 0xFFFF], "Green": [0x0100, 0x0200, 0x0300], "Blue": [0xFFFF, 0, 0x4040]}
     order = ">u2" if syntax == ExplicitVRBigEndian else "<u2"
     for color, values in entries.items():
         palettes[f"{color}PaletteColorLookupTableDescriptor"] = [3, 10, 16]

@@ -124,12 +124,8 @@ def test_the_decoders_weights_are_what_transformers_reads_from_the_file(family: 
 
 @pytest.mark.demo
 @pytest.mark.slow
-def test_two_processes_at_once_make_one_whole_folder(
-    family: ModelFamily, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as users:
-        users.delenv("VLM_SERVE_CACHE")
-        shutil.copytree(cache_dir() / "downloads", empty_cache / "downloads")
+def test_two_processes_at_once_make_one_whole_folder(family: ModelFamily, empty_cache: Path) -> None:
+    shutil.copytree(family.folder.parents[1] / "downloads", empty_cache / "downloads")
     leftover = empty_cache / "models" / f"demo-{VERSION}.draft"
     leftover.mkdir(parents=True)
     (leftover / "config.json").write_text("an interrupted start")

@@ -123,7 +123,12 @@ def test_prompt_and_pixels_equal_those_of_transformers_processor(tmp_path: Path,
 
 def test_an_image_three_pixels_high_is_not_taken_for_channels_first(tmp_path: Path) -> None:
     make_llava(tmp_path, "siglip")
-    assert load_family(tmp_path).process_image(picture(3, 50)).tensors["pixel_values"].shape == (3, 28, 28)
+    image = picture(3, 50)
+    image.pixels[:] = (255, 0, 102)
+    pixels = load_family(tmp_path).process_image(image).tensors["pixel_values"]
+    assert [(channel.min(), channel.max()) for channel in pixels.round(2)] == pytest.approx(
+        [(1, 1), (-1, -1), (-0.2, -0.2)]
+    )
 
 
 def test_a_checkpoint_without_a_template_speaks_as_llava_was_tuned(tmp_path: Path) -> None:

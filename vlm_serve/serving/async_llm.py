@@ -122,14 +122,23 @@ class AsyncLLM:
         self.models = models
 
     @classmethod
-    async def start(cls, settings: Settings, on_phase: OnPhase = lambda name, seconds: None) -> "AsyncLLM":
+    async def start(
+        cls,
+        settings: Settings,
+        on_phase: OnPhase = lambda name, seconds: None,
+        on_progress: Callable[[str], None] = lambda what: None,
+    ) -> "AsyncLLM":
         """Loads the model in an engine process of its own and the decode workers beside it.
+
+        Args:
+            on_phase: told each phase once it is done, with its seconds.
+            on_progress: told what is being done while the embedded model is made, the first time.
 
         Raises:
             ConfigurationError: says what does not fit and what to do.
         """
         began = time.perf_counter()
-        folder = await asyncio.to_thread(resolve_model, settings.model.model)
+        folder = await asyncio.to_thread(resolve_model, settings.model.model, on_progress)
         family = await asyncio.to_thread(load_family, folder)
         on_phase("model folder", time.perf_counter() - began)
         name = settings.model.served_name

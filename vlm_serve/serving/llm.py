@@ -1,6 +1,7 @@
 """`LLM`: the offline class. The same engine in this process, for notebooks, scripts and batch work."""
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from vlm_serve.serving.detokenizer import Detokenizer
 from vlm_serve.serving.ingest import Ingest, PreparedPrompt
 from vlm_serve.serving.media import read_conversation
 from vlm_serve.types import FinishReason, Request, SamplingParams, TokenOutput
+
+logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -85,7 +88,7 @@ class LLM:
         on_phase: Callable[[str, float], None] = lambda name, seconds: None,
         **engine: Any,
     ) -> None:
-        folder = resolve_model(str(model))
+        folder = resolve_model(str(model), logger.info)
         self._family = load_family(folder)
         self._adapters = AdapterStore(None if adapters is None else Path(adapters))
         self.engine = Engine.build(
