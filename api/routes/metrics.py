@@ -1,15 +1,20 @@
 """`GET /metrics`: what Prometheus scrapes."""
 
+import contextlib
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api.state import AppState, app_state
+from vlm_serve.errors import EngineDeadError
 
 router = APIRouter()
 
 
 @router.get("/metrics", include_in_schema=False)
 async def metrics(state: Annotated[AppState, Depends(app_state)]) -> Response:
+    # The engine's figures come with its outputs; an idle engine has to be asked, and a dead one says nothing new.
+    with contextlib.suppress(EngineDeadError):
+        await state.llm.check_health()
     return Response(state.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,8 +1,13 @@
 """Ragged batches over a paged cache, for the tests of every implementation of attention and cache writes."""
 
+import shutil
 from dataclasses import dataclass
 
+import pytest
 import torch
+from torch.utils import cpp_extension
+
+from vlm_serve.kernels import cpp_library
 
 NO_BLOCK = 2**30
 """Fills block tables past a sequence's length: reading through it leaves the cache."""
@@ -118,3 +123,10 @@ def names(cases: list[Case]) -> list[str]:
 
 ONE_UNIT = {torch.float32: (0.0, 5e-6), torch.bfloat16: (2**-7, 1e-5)}
 """`rtol` and `atol` of an implementation that accumulates in float32: in bfloat16 one unit of the last place."""
+
+
+def require_cpp() -> None:
+    """Skips a test of the C++ operators where there is no compiler; with one, they must build."""
+    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
+        pytest.skip("no C++ compiler")
+    assert cpp_library.load(), "the C++ operators do not build"

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests.kernels.cases import CASES, ONE_UNIT, Batch, Case, names
-from vlm_serve.kernels import cpp_library, dispatch
+from tests.kernels.cases import CASES, ONE_UNIT, Batch, Case, names, require_cpp
+from vlm_serve.kernels import dispatch
 from vlm_serve.kernels.attention import cpu, reference, torch_batched
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -10,8 +10,8 @@ IMPLEMENTATIONS = {"cpp": cpu.paged_attention, "torch": torch_batched.paged_atte
 
 
 def attend(implementation: str, batch: Batch) -> torch.Tensor:
-    if implementation == "cpp" and not cpp_library.load():
-        pytest.skip("no C++ compiler")
+    if implementation == "cpp":
+        require_cpp()
     return IMPLEMENTATIONS[implementation](*batch.tensors, scale=batch.scale)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vlm_serve.kernels import cpp_library
+from tests.kernels.cases import require_cpp
 from vlm_serve.kernels.kv_cache import cpu, reference
 
 IMPLEMENTATIONS = {"cpp": cpu.write_kv_cache, "torch": reference.write_kv_cache}
@@ -9,8 +9,8 @@ IMPLEMENTATIONS = {"cpp": cpu.write_kv_cache, "torch": reference.write_kv_cache}
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpp" and not cpp_library.load():
-        pytest.skip("no C++ compiler")
+    if request.param == "cpp":
+        require_cpp()
     return str(request.param)
 
 
@@ -45,8 +45,7 @@ def test_many_tokens_are_written_by_many_threads(implementation: str) -> None:
 
 
 def test_a_slot_past_the_cache_is_refused_before_anything_is_written() -> None:
-    if not cpp_library.load():
-        pytest.skip("no C++ compiler")
+    require_cpp()
     rows, caches = torch.randn(2, 2, 2, 8), torch.zeros(2, 4, 2, 3, 8)
     with pytest.raises(RuntimeError, match="past the end"):
         cpu.write_kv_cache(*rows, *caches, torch.tensor([0, 12]))

@@ -46,7 +46,7 @@ class TransformersTower(nn.Module):
         self.class_tokens = CLASS_TOKENS[config.model_type]
         self.out_features: int = config.hidden_size * len(layers)
         cut = copy.deepcopy(config)
-        self.depth = max(1, *self.layers)  # transformers gives no states of a tower without a layer
+        self.depth: int = max(1, *self.layers)  # transformers gives no states of a tower without a layer
         cut.num_hidden_layers = self.depth
         cut.vision_use_head = False
         self.model: Any = AutoModel.from_config(cut, dtype=torch.get_default_dtype(), attn_implementation="sdpa")

@@ -76,7 +76,6 @@ class ModelFamily(ABC):
         self.config = config
         self.notice: str | None = config.get("notice")
         """What every answer must say about the model; None if there is nothing."""
-        self.tokenizer = self.load_tokenizer()
 
     @classmethod
     @abstractmethod
@@ -108,6 +107,11 @@ class ModelFamily(ABC):
         return None
 
     @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Read when it is first asked for: the engine's process never needs it."""
+        return self.load_tokenizer()
+
+    @cached_property
     def image_token(self) -> str:
         """The placeholder as text."""
         token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
@@ -117,7 +121,7 @@ class ModelFamily(ABC):
 
     @cached_property
     def prompts(self) -> PromptRenderer:
-        """Tokenizer and template."""
+        """Tokenizer and template. A server asks for it at its start, so that what is wrong shows then."""
         template = read_chat_template(self.folder, self.tokenizer) or self.default_template()
         if template is None:
             raise CheckpointError(f"{self.folder} has no chat template. Add its chat_template.jinja.")

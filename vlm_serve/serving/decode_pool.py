@@ -108,7 +108,7 @@ class DecodePool:
         with self._lock:
             if self._is_closed:
                 raise ServiceError(_CLOSED)
-            if self._idle and not self._queue:
+            if self._idle:  # then nobody waits: a worker goes to the queue first
                 return self._idle.popleft()
             turn = _Turn()
             self._queue.append(turn)
