@@ -51,6 +51,7 @@ def test_parity_of_a_conversation(checkpoint, kind):
         {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12, "hidden_size": 64},
         {"tie_word_embeddings": True},
         {"attention_bias": True, "mlp_bias": True},
+        {"hidden_act": "gelu"},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 20_000.0}},
         {
             "rope_parameters": {
@@ -63,7 +64,7 @@ def test_parity_of_a_conversation(checkpoint, kind):
             }
         },
     ],
-    ids=["GQA 3", "seven heads", "head_dim 12", "tied", "biases", "linear RoPE", "llama3 RoPE"],
+    ids=["GQA 3", "seven heads", "head_dim 12", "tied", "biases", "GELU", "linear RoPE", "llama3 RoPE"],
 )
 def test_parity_of_the_decoders_kinds(tmp_path, changes):
     model = make_llava(tmp_path, "clip", **changes)

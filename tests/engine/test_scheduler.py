@@ -62,16 +62,16 @@ def test_a_token_is_drawn_only_when_all_known_ones_are_computed():
 
 
 def test_decoding_goes_on_in_every_step_of_anothers_prefill():
-    one = scheduler()
-    one.add(request("long", 100, max_tokens=4))
-    step(one)
-    for name in "abc":
-        one.add(request(name, 4, max_tokens=50))
-    while one.waiting:
-        step(one)
-    batch, outputs = step(one)
-    assert {output.request_id for output in outputs} >= {"a", "b", "c"}
-    assert batch.num_tokens <= 16
+    one = scheduler(max_encoder_tokens=4)
+    one.add(request("long", 100, images=[(2, image(1)), (8, image(2))], max_tokens=1))
+    one.add(request("a", 4, max_tokens=50))
+    one.add(request("b", 4, max_tokens=50))
+    first, _ = step(one)  # the second image finds no room, and two others come in behind the long prompt
+    assert first.counts.tolist() == [8, 4, 4]
+    for _ in range(6):
+        batch, outputs = step(one)
+        assert {"a", "b"} <= {output.request_id for output in outputs}
+        assert batch.counts.tolist() == [14, 1, 1]
 
 
 def test_the_budgets_of_tokens_rows_and_image_tokens_are_kept():

@@ -77,6 +77,11 @@ async def answer(llm: AsyncLLM, chat: ChatInput, sampling: SamplingParams, model
     return run, "".join(delta.text for delta in deltas), deltas
 
 
+async def drain(run) -> None:
+    async for _ in run:
+        pass
+
+
 async def until_idle(llm: AsyncLLM) -> None:
     """Asks the engine until it holds nothing; the test's own time-out bounds it."""
     while True:
@@ -174,8 +179,7 @@ async def test_a_killed_engine_ends_its_streams_and_is_seen_to_be_dead(served):
         await anext(run)
         llm._engine._process.send_signal(signal.SIGKILL)
         with pytest.raises(EngineDeadError):
-            async for _ in run:
-                pass
+            await asyncio.wait_for(drain(run), 30)
         with pytest.raises(EngineDeadError):
             await llm.check_health()
         with pytest.raises(EngineDeadError):

@@ -4,12 +4,15 @@ Tokens of all sequences run through it end to end on one axis; which sequence a 
 business of the `ForwardContext` alone.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from vlm_serve.decoders.config import DecoderConfig, MlpKind, NormKind, PositionKind
 from vlm_serve.errors import CheckpointError
+from vlm_serve.kernels import dispatch
 from vlm_serve.layers.attention import Attention
 from vlm_serve.layers.context import ForwardContext
 from vlm_serve.layers.linear import Linear
@@ -28,11 +31,19 @@ class GatedMLP(nn.Module):
             hidden, {"gate_proj": inner, "up_proj": inner}, bias=config.mlp_bias, parallel=parallel
         )
         self.down_proj = Linear(inner, {"down_proj": hidden}, bias=config.mlp_bias, split="row", parallel=parallel)
-        self.activation = ACT2FN[config.activation]
+        self.activate = dispatch.silu_and_mul if config.activation == "silu" else _gated(ACT2FN[config.activation])
 
     def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x, context.adapters).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up, context.adapters)  # type: ignore[no-any-return]
+        gate_up = self.gate_up_proj(x, context.adapters)
+        return self.down_proj(self.activate(gate_up), context.adapters)  # type: ignore[no-any-return]
+
+
+def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def activate(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return activate
 
 
 class DecoderLayer(nn.Module):

@@ -7,7 +7,6 @@ from vlm_serve.kernels import dispatch
 from vlm_serve.layers.context import ForwardContext
 from vlm_serve.layers.linear import Linear
 from vlm_serve.layers.parallel import SINGLE, TensorParallel
-from vlm_serve.layers.rotary import rotate
 
 
 class Attention(nn.Module):
@@ -46,7 +45,7 @@ class Attention(nn.Module):
         query_and_key, value = self.qkv_proj(hidden, context.adapters).split(
             [(self.num_heads + self.num_kv_heads) * self.head_dim, self.num_kv_heads * self.head_dim], dim=-1
         )
-        rotated = rotate(query_and_key.unflatten(-1, (-1, self.head_dim)), *rotation)
+        rotated = dispatch.rotate(query_and_key.unflatten(-1, (-1, self.head_dim)), *rotation)
         query, key = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
         key_cache, value_cache = context.key_cache[self.layer], context.value_cache[self.layer]
         dispatch.write_kv_cache(

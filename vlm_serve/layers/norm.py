@@ -1,8 +1,9 @@
 """Normalisation layers of the decoder."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from vlm_serve.kernels import dispatch
 
 
 class RMSNorm(nn.Module):
@@ -14,4 +15,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return dispatch.rms_norm(x, self.weight, self.eps)

@@ -140,7 +140,8 @@ class AsyncLLM:
         began = time.perf_counter()
         folder = await asyncio.to_thread(resolve_model, settings.model.model, on_progress)
         family = await asyncio.to_thread(load_family, folder)
-        on_phase("model folder", time.perf_counter() - began)
+        await asyncio.to_thread(lambda: family.prompts)  # a tokenizer or template that is no good is told now
+        on_phase("model folder, tokenizer", time.perf_counter() - began)
         name = settings.model.served_name
         store = AdapterStore(settings.model.adapters)
         if store.get(name) is not None:

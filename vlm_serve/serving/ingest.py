@@ -24,6 +24,7 @@ class Ingest:
     def __init__(self, family: ModelFamily, config: IngestConfig) -> None:
         self._family = family
         self._pool = DecodePool(config)
+        self._pool.start()
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="ingest")
 
     def prepare(self, chat: ChatInput) -> PreparedPrompt:
