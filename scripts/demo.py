@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,28 +47,31 @@ def running_server() -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).with_name("vlm-serve")), "serve", "--port", str(port)]
     print("$ vlm-serve serve --port", port, flush=True)
-    server = subprocess.Popen(command, cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(server, url)
-        yield url
-    finally:
-        server.send_signal(signal.SIGTERM)
+    with tempfile.TemporaryFile("w+") as log:  # the server's log would run into the streamed text
+        server = subprocess.Popen(command, cwd=ROOT, stderr=log)
         try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
+            if not is_healthy_in_the_end(server, url):
+                log.seek(0)
+                sys.exit(f"The server did not start.\n{log.read()}")
+            yield url
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
-def wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:
-    while True:
-        if server.poll() is not None:
-            sys.exit("The server did not start; its own message is above.")
+def is_healthy_in_the_end(server: subprocess.Popen[bytes], url: str) -> bool:
+    """Waits for the server; False if it ended instead."""
+    while server.poll() is None:
         try:
             if httpx.get(f"{url}/health", timeout=60).status_code == 200:
-                return
+                return True
         except httpx.TransportError:
             time.sleep(0.2)
+    return False
 
 
 def ask(url: str, content: str | list[dict[str, Any]]) -> None:

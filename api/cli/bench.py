@@ -14,6 +14,7 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
@@ -123,27 +124,32 @@ async def _server(arguments: argparse.Namespace, console: Console) -> AsyncItera
     flags = [word for name, value in given_settings(arguments).items() for word in (_flag(name), str(value))]
     config = ["--config", str(arguments.config)] if arguments.config else []
     command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", *flags, *config]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    try:
-        yield await _url_of(process, console)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.communicate()
+    with tempfile.TemporaryFile() as log:  # a line for each request, which nobody wants to read here
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log)
+        try:
+            url = await _url_of(process, console)
+            if url is None:
+                log.seek(0)
+                raise ServiceError(f"The server did not start. {log.read().decode().strip()}")
+            yield url
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            await process.communicate()
 
 
 def _flag(name: str) -> str:
     return "--" + name.rpartition(".")[2].replace("_", "-")
 
 
-async def _url_of(process: asyncio.subprocess.Process, console: Console) -> str:
-    """Passes the start-up's phases on until the line that says where the server is."""
+async def _url_of(process: asyncio.subprocess.Process, console: Console) -> str | None:
+    """Passes the start-up's phases on until the line that says where the server is; None if it ended instead."""
     assert process.stdout is not None
     while line := (await process.stdout.readline()).decode():
         if line.startswith("Ready at "):
             return line.split()[2].rstrip(".")
         console.print(line.rstrip(), markup=False, soft_wrap=True)
-    raise ServiceError("The server did not start; its own message is above.")
+    return None
 
 
 class _Load:

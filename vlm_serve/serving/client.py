@@ -6,6 +6,7 @@ import itertools
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,7 +116,7 @@ class EngineClient:
             ConfigurationError: the engine refuses its settings, or died while it loaded.
         """
         client = cls()
-        client._send(Start(str(folder), model, engine, adapters))
+        client._send(Start(str(folder), time.time(), model, engine, adapters))
         threading.Thread(target=client._read, args=(on_phase,), daemon=True, name="engine-reader").start()
         try:
             return client, await client._ready

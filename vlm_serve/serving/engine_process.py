@@ -10,6 +10,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def serve(channel: Channel) -> None:
         channel.send(encode(message))
 
     start = decode(channel.recv()[0], Start)
+    say(Phase("engine process, its imports", time.time() - start.spawned))
     try:
         engine = Engine.build(
             load_family(Path(start.folder)),

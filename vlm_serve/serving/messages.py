@@ -8,9 +8,13 @@ from vlm_serve.types import EngineStats, Request, StepOutput
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """The first message to the engine process: what to load. `folder` is the checkpoint's."""
+    """The first message to the engine process: what to load.
+
+    `folder` is the checkpoint's; `spawned` is the wall clock when the process was started.
+    """
 
     folder: str
+    spawned: float
     model: ModelConfig
     engine: EngineConfig
     adapters: tuple[AdapterFolder, ...]
