@@ -205,6 +205,7 @@ def test_what_can_never_be_served_is_refused_at_admission(bad, error):
 
 def assert_books_agree(one: Scheduler) -> None:
     held = [block for sequence in one.running for block in sequence.block_table]
+    assert all(sequence.computed == 0 and not sequence.block_table for sequence in one.waiting)
     blocks = one.blocks
     for block in range(blocks.num_blocks):
         assert blocks._references[block] == held.count(block)
