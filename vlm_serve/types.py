@@ -54,14 +54,16 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens must be at least 1, not {self.max_tokens}.", param="max_tokens")
+        if self.max_tokens is not None and not 1 <= self.max_tokens < 2**31:
+            raise InvalidRequestError("max_tokens must be at least 1 and below 2**31.", param="max_tokens")
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
             raise InvalidRequestError("temperature must be between 0 and 2.", param="temperature")
         if not 0 < self.top_p <= 1:
             raise InvalidRequestError("top_p must be above 0 and at most 1.", param="top_p")
-        if self.top_k < -1:
-            raise InvalidRequestError("top_k must be at least 1, or 0 or -1 for every token.", param="top_k")
+        if not -1 <= self.top_k < 2**31:
+            raise InvalidRequestError(
+                "top_k must be at least 1 and below 2**31, or 0 or -1 for every token.", param="top_k"
+            )
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise InvalidRequestError("seed must fit in 64 bits.", param="seed")
         if len(stop) > self.MAX_STOP_STRINGS:
@@ -103,9 +105,16 @@ class ChatInput:
     messages: tuple[ChatMessage, ...]
 
     @property
-    def images(self) -> list[ImagePart]:
-        """The image parts, in the order in which the prompt shows them."""
-        return [part for message in self.messages for part in message.content if isinstance(part, ImagePart)]
+    def images(self) -> list[tuple[str, ImagePart]]:
+        """The image parts in the order in which the prompt shows them, each with its place in the request,
+        such as `messages[0].content[1]`.
+        """
+        return [
+            (f"messages[{row}].content[{column}]", part)
+            for row, message in enumerate(self.messages)
+            for column, part in enumerate(message.content)
+            if isinstance(part, ImagePart)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

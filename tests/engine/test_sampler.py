@@ -54,6 +54,13 @@ def test_greedy_takes_the_first_of_equal_maxima():
     assert sample(logits, rows(2, temperature=0.0)).tolist() == [7, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-6, 1e-40, 1e-310])
+def test_a_temperature_next_to_zero_is_greedy(temperature):
+    logits = some_logits(3)
+    assert sample(logits, rows(3, temperature=temperature)).tolist() == logits.argmax(-1).tolist()
+    assert sample(logits, rows(3, temperature=temperature, top_k=5, top_p=0.9)).tolist() == logits.argmax(-1).tolist()
+
+
 def test_a_row_draws_the_same_alone_and_among_others():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, VOCAB, generator=generator)

@@ -17,6 +17,7 @@ from vlm_serve.errors import (
     ConfigurationError,
     ContextLengthError,
     EngineDeadError,
+    ImageError,
     ModelNotFoundError,
     OverloadedError,
 )
@@ -139,6 +140,50 @@ async def test_a_client_that_leaves_while_it_is_queued_or_in_ingest_gives_everyt
     for run in runs:
         await run.aclose()
     await until_idle(llm)
+
+
+async def test_of_a_client_that_left_no_further_image_is_decoded(llm, monkeypatch):
+    decoded, has_begun = [], asyncio.Event()
+    loop, really_decode = asyncio.get_running_loop(), llm._ingest._pool.decode
+
+    def decode(part: ImagePart):
+        decoded.append(part)
+        loop.call_soon_threadsafe(has_begun.set)
+        return really_decode(part)
+
+    monkeypatch.setattr(llm._ingest._pool, "decode", decode)
+    parts = [ImagePart(png(seed), "image/png") for seed in range(40)]
+    many = ChatInput((ChatMessage("user", (*parts, TextPart("Compare."))),))
+    leaving = asyncio.create_task(llm.chat(many, model="chest", sampling=LONG, request_id="gone"))
+    await has_begun.wait()
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    _, text, _ = await answer(llm, conversation(image=1), SamplingParams(max_tokens=3))
+    assert len(decoded) <= 3
+
+
+async def test_requests_with_images_take_turns(llm, monkeypatch):
+    order, really_decode = [], llm._ingest._pool.decode
+
+    def decode(part: ImagePart):
+        order.append(part.data)
+        return really_decode(part)
+
+    monkeypatch.setattr(llm._ingest._pool, "decode", decode)
+    parts = [ImagePart(png(seed), "image/png") for seed in range(20)]
+    many = ChatInput((ChatMessage("user", (*parts, TextPart("Compare."))),))
+    first = asyncio.create_task(answer(llm, many, SamplingParams(max_tokens=1), name="many"))
+    second = asyncio.create_task(answer(llm, conversation(image=99), SamplingParams(max_tokens=1), name="one"))
+    await asyncio.gather(first, second)
+    assert order.index(png(99)) <= 2
+
+
+async def test_an_image_that_cannot_be_used_is_named_by_its_place(llm):
+    parts = (TextPart("Compare "), ImagePart(png(1), "image/png"), ImagePart(png(1)[:-30], "image/png"))
+    chat = ChatInput((ChatMessage("system", (TextPart("You are a radiologist."),)), ChatMessage("user", parts)))
+    with pytest.raises(ImageError) as raised:
+        await llm.chat(chat, model="chest", sampling=LONG, request_id="bad")
+    assert raised.value.param == "messages[1].content[2]"
 
 
 async def test_a_stop_string_ends_the_request_in_the_engine_too(llm):

@@ -10,12 +10,16 @@ import numpy as np
 import torch
 
 
+GREEDY_BELOW = 1e-5
+"""A lower temperature is greedy: it would be in effect, and float32 cannot divide by every one of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
     """The sampling parameters of n rows, one array each.
 
     Args:
-        temperature: float `[n]`, 0 for greedy.
+        temperature: float `[n]`, below `GREEDY_BELOW` for greedy.
         top_k: int64 `[n]`, 0 or less for every token.
         top_p: float `[n]`.
         draws: uint64 `[n]`, the seed of each row.
@@ -35,7 +39,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     Greedy takes the first of equal maxima, as transformers does. Each row's result depends on that row alone.
     """
     tokens = logits.argmax(dim=-1)
-    is_random = rows.temperature > 0
+    is_random = rows.temperature >= GREEDY_BELOW
     if not is_random.any():
         return tokens
     is_filtered = is_random & ((rows.top_k > 0) | (rows.top_p < 1))
@@ -48,7 +52,9 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         def on_device(values: np.ndarray, members: np.ndarray = members) -> torch.Tensor:
             return torch.from_numpy(values[members]).to(logits.device)[:, None]
 
-        scaled = logits[index] / on_device(rows.temperature).float()
+        members_logits = logits[index]
+        highest = members_logits.amax(dim=-1, keepdim=True)
+        scaled = (members_logits - highest) / on_device(rows.temperature).float()
         tokens[index] = draw(scaled, on_device(uniforms), on_device(rows.top_k), on_device(rows.top_p))
     return tokens
 

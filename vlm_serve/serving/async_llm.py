@@ -180,7 +180,7 @@ class AsyncLLM:
             raise OverloadedError("Too many requests are waiting. Try again in a moment.")
         self._in_ingest += 1
         try:
-            prepared = await asyncio.to_thread(self._ingest.prepare, chat)
+            prepared = await self._ingest.prepare_async(chat)
         finally:
             self._in_ingest -= 1
         request = Request(

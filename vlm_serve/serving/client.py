@@ -204,8 +204,9 @@ class EngineClient:
                     self._loop.call_soon_threadsafe(self._take, message)
         except (ChannelClosedError, OSError):
             pass
-        with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._die)
+        finally:  # whatever ended this thread, nobody may wait for a word that cannot come
+            with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._die)
 
     def _take(self, message: FromEngine) -> None:
         match message:

@@ -48,16 +48,18 @@ def from_data_url(url: str, param: str) -> ImagePart:
 
 
 def from_base64(encoded: str, param: str) -> bytes:
-    """Strict base64 to bytes.
+    """Strict base64 to bytes; the line breaks that `base64 FILE` puts in are allowed.
 
     Raises:
         InvalidRequestError: it is not base64, or empty.
     """
+    if "\n" in encoded:
+        encoded = encoded.replace("\r", "").replace("\n", "")
     try:
         data = binascii.a2b_base64(encoded, strict_mode=True)
     except ValueError:  # binascii.Error, or a character beyond ASCII
         raise InvalidRequestError(
-            "The data is not valid base64 (standard alphabet, padded, without line breaks).", param=param
+            "The data is not valid base64 (standard alphabet, padded).", param=param
         ) from None
     if not data:
         raise InvalidRequestError("The file is empty.", param=param)
