@@ -186,6 +186,21 @@ async def test_an_image_that_cannot_be_used_is_named_by_its_place(llm):
     assert raised.value.param == "messages[1].content[2]"
 
 
+async def test_after_an_image_that_cannot_be_used_the_others_are_not_decoded(llm, monkeypatch):
+    decoded, really_decode = [], llm._ingest._pool.decode
+
+    def decode(part: ImagePart):
+        decoded.append(part)
+        return really_decode(part)
+
+    monkeypatch.setattr(llm._ingest._pool, "decode", decode)
+    parts = [ImagePart(png(seed)[: -30 if seed == 0 else None], "image/png") for seed in range(40)]
+    with pytest.raises(ImageError):
+        await llm.chat(ChatInput((ChatMessage("user", tuple(parts)),)), model="chest", sampling=LONG, request_id="b")
+    await answer(llm, conversation(image=1), SamplingParams(max_tokens=3))
+    assert len(decoded) <= 4
+
+
 async def test_a_stop_string_ends_the_request_in_the_engine_too(llm):
     _, text, _ = await answer(llm, conversation(), LONG)
     stop = text[40:43]
@@ -216,6 +231,15 @@ async def test_past_the_bound_of_waiting_requests_the_server_says_so(served):
         runs[0] = await llm.chat(conversation(), model="chest", sampling=LONG, request_id="now")
         for run in runs:
             await run.aclose()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_to_the_whole_group_leaves_running_answers_alone(llm, number):
+    run = await llm.chat(conversation(), model="chest", sampling=LONG, request_id="r")
+    await anext(run)
+    llm._engine._process.send_signal(number)
+    deltas = [delta async for delta in run]
+    assert deltas[-1].finish_reason is FinishReason.LENGTH
 
 
 async def test_a_killed_engine_ends_its_streams_and_is_seen_to_be_dead(served):

@@ -56,7 +56,10 @@ UNEXPECTED = "The file cannot be decoded: it is damaged or breaks off. Send it a
 
 def main() -> None:
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the server, which then closes the channel
+    # A Ctrl-C or a service manager's stop reaches the whole group; it is for the server, which then closes
+    # the channel.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump is a copy of a patient's image
     load_decoders()
     _close_output()

@@ -7,6 +7,8 @@ other end closes.
 import contextlib
 import logging
 import queue
+import resource
+import signal
 import socket
 import sys
 import threading
@@ -40,6 +42,11 @@ Inbox = queue.SimpleQueue[ToEngine | None]
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
+    # A Ctrl-C or a service manager's stop reaches the whole group; it is for the server, which lets running
+    # answers end and then closes the channel.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump is a copy of patients' data
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     with contextlib.suppress(ChannelClosedError):  # the server is gone, and with it all who want an answer
         serve(channel)
