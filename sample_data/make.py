@@ -52,11 +52,12 @@ def make_dicom(name: str, source: str) -> bytes:
     for keyword in KEPT:
         if keyword in original:
             made[keyword] = original[keyword]
+    if not all(spacing > 0 for spacing in made.get("PixelSpacing", ())):
+        del made.PixelSpacing  # the chest film's is zero, which the standard does not allow
     for keyword in EMPTIED:
         setattr(made, keyword, "")
     made.PatientIdentityRemoved = "YES"
     made.DeidentificationMethod = "Allow-list of elements, vlm-serve sample_data/make.py"
-    made.BurnedInAnnotation = "NO"
     for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
         setattr(made, keyword, generate_uid(entropy_srcs=["vlm-serve sample", name, keyword]))
     made.file_meta = FileMetaDataset()

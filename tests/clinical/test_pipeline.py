@@ -138,6 +138,23 @@ def test_eight_bits_without_a_window_are_shown_as_they_are() -> None:
     np.testing.assert_array_equal(grey(grey_file(stored)), stored)
 
 
+def test_eight_bits_under_a_transform_that_changes_nothing_are_shown_as_they_are() -> None:
+    stored = np.arange(100, 164, dtype=np.uint8).reshape(8, 8)
+    rescaled = decoded(grey_file(stored, RescaleSlope=1, RescaleIntercept=0))
+    np.testing.assert_array_equal(rescaled.pixels[:, :, 0], stored)
+    assert rescaled.receipt.window == decoded(grey_file(stored)).receipt.window
+    assert rescaled.receipt.modality_transform == "rescale slope 1 intercept 0"
+    identity = lut(0, list(range(256)), 16)
+    np.testing.assert_array_equal(grey(grey_file(stored, ModalityLUTSequence=[identity])), stored)
+
+
+@pytest.mark.parametrize("elements", [{"RescaleSlope": 2}, {"RescaleIntercept": -100}])
+def test_eight_bits_that_a_rescale_changes_are_grey_levels_no_more(elements: dict[str, Any]) -> None:
+    receipt = decoded(grey_file(np.arange(64, dtype=np.uint8).reshape(8, 8), **elements)).receipt
+    assert receipt.window is not None
+    assert receipt.window.source == "percentile"
+
+
 @pytest.mark.parametrize("width", [0, -5, 0.5])
 def test_a_window_without_a_width_is_set_aside_with_a_note(width: float) -> None:
     receipt = decoded(grey_file(SIGNED, WindowCenter=40, WindowWidth=width)).receipt
@@ -159,6 +176,35 @@ def test_a_voi_lut_maps_by_its_descriptor_and_goes_before_a_window() -> None:
     entries = [0, 100, 1000, 4095]
     expected = [[round(entries[min(max(int(v) + 1, 0), 3)] / 4095 * 255) for v in row] for row in SIGNED]
     np.testing.assert_array_equal(grey(data), np.array(expected, np.uint8))
+
+
+RAMP_LUT = [round(i * 4095 / 2047) for i in range(2048)]
+
+
+@pytest.mark.parametrize("stored", [UNSIGNED, UNSIGNED[2:]], ids=["some below 0 HU", "none below 0 HU"])
+def test_a_voi_lut_over_hounsfield_units_begins_below_zero_however_its_descriptor_is_written(
+    stored: np.ndarray,
+) -> None:
+    table = lut(0x10000 - 1024, RAMP_LUT, 12)  # 64512 in a US element: the bits of -1024
+    data = grey_file(stored, RescaleSlope=1, RescaleIntercept=-1024, VOILUTSequence=[table])
+    expected = [[round(RAMP_LUT[min(int(v), 2047)] / 4095 * 255) for v in row] for row in stored]
+    np.testing.assert_array_equal(grey(data), np.array(expected, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("stored", "elements"),
+    [
+        (np.array([[40_000, 40_500, 41_023]], np.uint16), {}),
+        (np.array([[7232, 7732, 8255]], np.int16), {"RescaleSlope": 1, "RescaleIntercept": 32768}),
+        (np.array([[-3, -2, -1]], np.int16), {"ModalityLUTSequence": [lut(-3, [40_000, 40_500, 41_023], 16)]}),
+    ],
+    ids=["stored", "rescaled", "modality LUT"],
+)
+def test_a_voi_lut_over_values_that_are_never_negative_may_begin_past_32767(
+    stored: np.ndarray, elements: dict[str, Any]
+) -> None:
+    data = grey_file(stored, VOILUTSequence=[lut(40_000, list(range(1024)), 10)], **elements)
+    assert grey(data).tolist() == [[0, round(500 / 1023 * 255), 255]]
 
 
 def test_a_modality_lut_goes_before_the_window() -> None:
@@ -248,6 +294,58 @@ def test_a_palette_colours_its_indices(syntax: str) -> None:
 
 
 # --- receipt -----------------------------------------------------------------
+
+
+def shape_notes(**elements: Any) -> list[str]:
+    return [note for note in decoded(grey_file(SIGNED, **elements)).receipt.notes if "square" in note]
+
+
+@pytest.mark.parametrize(
+    ("elements", "ratio"),
+    [
+        ({"PixelAspectRatio": [5, 4]}, "1.25"),
+        ({"PixelSpacing": [0.5, 1]}, "0.5"),
+        ({"ImagerPixelSpacing": [0.204, 0.2]}, "1.02"),
+        ({"PixelSpacing": [0, 0], "PixelAspectRatio": [2, 1]}, "2"),
+    ],
+)
+def test_pixels_that_are_not_square_are_noted(elements: dict[str, Any], ratio: str) -> None:
+    (note,) = shape_notes(**elements)
+    assert f"{ratio} times as high as wide" in note
+
+
+def test_pixels_of_an_enhanced_file_that_are_not_square_are_noted() -> None:
+    measures, group = Dataset(), Dataset()
+    measures.PixelSpacing = [2, 1]
+    group.PixelMeasuresSequence = [measures]
+    assert "2 times as high as wide" in shape_notes(SharedFunctionalGroupsSequence=[group])[0]
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [{}, {"PixelAspectRatio": [1, 1]}, {"PixelSpacing": [0.2, 0.201]}, {"PixelSpacing": [0, 0.2]}, {"PixelSpacing": 1}],
+)
+def test_square_pixels_and_sizes_that_say_nothing_are_not_noted(elements: dict[str, Any]) -> None:
+    assert not shape_notes(**elements)
+
+
+def test_a_spacing_that_is_no_number_keeps_no_image_from_being_decoded() -> None:
+    data = grey_file(SIGNED, PixelSpacing=[0.5, 0.25], WindowCenter=40, WindowWidth=400)
+    broken = data.replace(b"0.5\\0.25", b"about\\1m")
+    assert broken != data
+    image = decoded(broken)
+    np.testing.assert_array_equal(image.pixels[:, :, 0], by_hand(SIGNED, "LINEAR", 40, 400))
+    assert not [note for note in image.receipt.notes if "square" in note]
+
+
+def test_a_supplemental_palette_is_not_applied_and_that_is_noted() -> None:
+    palettes: dict[str, Any] = {}
+    for color in ("Red", "Green", "Blue"):
+        palettes[f"{color}PaletteColorLookupTableDescriptor"] = [2, 40, 16]
+        palettes[f"{color}PaletteColorLookupTableData"] = b"\0\0\xff\xff"
+    image = decoded(grey_file(UNSIGNED, WindowCenter=40, WindowWidth=400, **palettes))
+    np.testing.assert_array_equal(image.pixels[:, :, 0], by_hand(UNSIGNED, "LINEAR", 40, 400))
+    assert "The supplemental palette of the file was not applied; the picture shows greys alone." in image.receipt.notes
 
 
 def test_the_receipt_tells_how_the_picture_came_about() -> None:

@@ -39,6 +39,13 @@ def test_no_sample_identifies_anybody(path: Path) -> None:
     assert all(not dataset.get(name) for name in names)
 
 
+@pytest.mark.parametrize("path", DICOM_FILES, ids=lambda path: path.stem)
+def test_no_sample_claims_what_its_source_does_not(path: Path) -> None:
+    dataset = pydicom.dcmread(path)
+    assert "BurnedInAnnotation" not in dataset
+    assert all(spacing > 0 for spacing in dataset.get("PixelSpacing", ()))
+
+
 def test_the_samples_are_a_chest_and_a_limb_film_a_ct_and_an_mr_slice() -> None:
     attributes = {path.stem: dict(decoded(path.read_bytes()).attributes) for path in DICOM_FILES}
     assert attributes == {

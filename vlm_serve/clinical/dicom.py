@@ -24,6 +24,8 @@ from vlm_serve.clinical.greyscale import (
     to_grey,
 )
 from vlm_serve.clinical.image import ClinicalImage, ImageReceipt, WindowReceipt
+from vlm_serve.clinical.notes import KEYWORDS as NOTE_KEYWORDS
+from vlm_serve.clinical.notes import header_notes
 from vlm_serve.clinical.part10 import read_part10
 from vlm_serve.clinical.pixels import PixelLayout, check_supported, decode_frame
 from vlm_serve.config import MIB, DecodeLimits
@@ -41,17 +43,17 @@ _KEYWORDS = (
     *_PIXEL_KEYWORDS,
     *_PALETTE_KEYWORDS,
     *ATTRIBUTE_KEYWORDS,
+    *NOTE_KEYWORDS,
     *("SOPClassUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "NumberOfFrames"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
-    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "BurnedInAnnotation"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 
 _MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 _COLOR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-_BURNED_IN_MODALITIES = ("US", "XA", "OT", "SC")
 
 
 def decode_dicom(data: bytes, limits: DecodeLimits) -> ClinicalImage:
@@ -68,7 +70,6 @@ def decode_dicom(data: bytes, limits: DecodeLimits) -> ClinicalImage:
     frame = layout.frames // 2
     stored = decode_frame(dataset[layout.keyword].value, layout, frame, _extended_offsets(dataset))
     attributes, notes = allowed_attributes(dataset)
-    notes = (*_frame_notes(frame, layout.frames), *_burned_in_notes(dataset), *notes)
     receipt = ImageReceipt(
         media_type=MEDIA_TYPE,
         file_sha256=hashlib.sha256(data).hexdigest(),
@@ -82,7 +83,7 @@ def decode_dicom(data: bytes, limits: DecodeLimits) -> ClinicalImage:
         frame=frame,
         frames=layout.frames,
         attributes=attributes,
-        notes=notes,
+        notes=(*header_notes(dataset, frame, layout.frames), *notes),
     )
     if layout.photometric_interpretation in _MONOCHROME:
         return _render_greyscale(dataset, layout, stored.values, receipt)
@@ -203,40 +204,46 @@ def _extended_offsets(dataset: Dataset) -> tuple[bytes, bytes] | None:
     return (offsets, lengths) if isinstance(offsets, bytes) and isinstance(lengths, bytes) else None
 
 
-def _frame_notes(frame: int, frames: int) -> tuple[str, ...]:
-    return (f"Frame {frame + 1} of {frames}, the middle one, stands for the file.",) if frames > 1 else ()
-
-
-def _burned_in_notes(dataset: Dataset) -> tuple[str, ...]:
-    burned_in = code_string(dataset, "BurnedInAnnotation")
-    if burned_in == "YES":
-        return ("The file says that text is burned into its pixels; it may identify the patient.",)
-    if not burned_in and code_string(dataset, "Modality") in _BURNED_IN_MODALITIES:
-        return ("The file does not say whether text is burned into its pixels.",)
-    return ()
-
-
 # --- greyscale ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _ModalityValues:
+    """What the modality transform made of the stored values.
+
+    Attributes:
+        values: float32, or the stored ones where the file declares no transform.
+        transform: a word on how, None where the file declares none.
+        are_stored: no value was changed.
+        may_be_negative: the least value that the file's samples can take is below zero.
+    """
+
+    values: np.ndarray
+    transform: str | None
+    are_stored: bool
+    may_be_negative: bool
 
 
 def _render_greyscale(
     dataset: Dataset, layout: PixelLayout, stored: np.ndarray, receipt: ImageReceipt
 ) -> ClinicalImage:
     padding = _padding_mask(dataset, layout, stored)
-    values, modality = _modality_values(dataset, layout, stored, receipt.frame)
-    transform, window, notes = _values_of_interest(dataset, layout, values, modality, padding, receipt.frame)
+    modality = _modality_values(dataset, layout, stored, receipt.frame)
+    transform, window, notes = _values_of_interest(dataset, layout, modality, padding, receipt.frame)
     # INVERSE is how an image of the DX family repeats its MONOCHROME1 (PS3.3 C.8.11.3.1.2), not a second inversion.
     inverted = (
         layout.photometric_interpretation == "MONOCHROME1" or code_string(dataset, "PresentationLUTShape") == "INVERSE"
     )
     if padding is not None and padding.any():
         notes = (*notes, "Padding pixels are black and count in no statistics.")
-    pixels = to_grey(values, transform, inverted=inverted, black=padding)
+    if any(keyword in dataset for keyword in _PALETTE_KEYWORDS):
+        notes = (*notes, "The supplemental palette of the file was not applied; the picture shows greys alone.")
+    pixels = to_grey(modality.values, transform, inverted=inverted, black=padding)
     return finish(
         pixels,
         dataclasses.replace(
             receipt,
-            modality_transform=modality,
+            modality_transform=modality.transform,
             window=window,
             inverted=inverted,
             notes=(*receipt.notes, *notes),
@@ -262,33 +269,42 @@ def _like_stored(value: int, layout: PixelLayout) -> int:
     return value
 
 
-def _modality_values(
-    dataset: Dataset, layout: PixelLayout, stored: np.ndarray, frame: int
-) -> tuple[np.ndarray, str | None]:
-    """Modality values (float32, or the stored ones where nothing is to be done) and a word on how."""
+def _modality_values(dataset: Dataset, layout: PixelLayout, stored: np.ndarray, frame: int) -> _ModalityValues:
     if tables := items(dataset, "ModalityLUTSequence"):
-        table = _table_of(tables[0], layout)
-        return table(stored).astype(np.float32), f"modality LUT of {len(table.entries)} entries"
+        table = _table_of(tables[0], layout, is_signed=layout.is_signed)
+        values = table(stored).astype(np.float32)
+        name = f"modality LUT of {len(table.entries)} entries"
+        return _ModalityValues(values, name, are_stored=np.array_equal(values, stored), may_be_negative=False)
     source = functional_group(dataset, frame, "PixelValueTransformationSequence") or dataset
     slopes, intercepts = numbers(source, "RescaleSlope"), numbers(source, "RescaleIntercept")
+    is_float = layout.keyword != "PixelData"
     if not slopes and not intercepts:
-        return stored, None
+        return _ModalityValues(stored, None, are_stored=True, may_be_negative=layout.is_signed or is_float)
     slope, intercept = (slopes or [1.0])[0], (intercepts or [0.0])[0]
-    return rescale(stored, slope, intercept), f"rescale slope {slope:g} intercept {intercept:g}"
+    values = rescale(stored, slope, intercept)
+    least = -(2 ** (layout.bits_stored - 1)) if layout.is_signed else 0
+    greatest = least + 2**layout.bits_stored - 1
+    return _ModalityValues(
+        values,
+        f"rescale slope {slope:g} intercept {intercept:g}",
+        are_stored=slope == 1 and intercept == 0,
+        may_be_negative=is_float or min(slope * least, slope * greatest) + intercept < 0,
+    )
 
 
 def _values_of_interest(
     dataset: Dataset,
     layout: PixelLayout,
-    values: np.ndarray,
-    modality: str | None,
+    modality: _ModalityValues,
     padding: np.ndarray | None,
     frame: int,
 ) -> tuple["Window | _UnitTable", WindowReceipt, tuple[str, ...]]:
     """The VOI transform to 0..1: the file's LUT, its first window, or one made here."""
     source = functional_group(dataset, frame, "FrameVOILUTSequence") or dataset
     if tables := items(source, "VOILUTSequence"):
-        return _UnitTable(_table_of(tables[0], layout)), WindowReceipt("file VOI LUT", function="LUT"), ()
+        # PS3.3 C.11.2.1.1: the first value mapped has the sign of what comes in, not of the stored samples.
+        table = _table_of(tables[0], layout, is_signed=modality.may_be_negative)
+        return _UnitTable(table), WindowReceipt("file VOI LUT", function="LUT"), ()
     notes: tuple[str, ...] = ()
     centers, widths = numbers(source, "WindowCenter"), numbers(source, "WindowWidth")
     if centers and widths:
@@ -299,12 +315,12 @@ def _values_of_interest(
         if window.is_usable:
             return window, receipt_of(window, f"file window 1 of {min(len(centers), len(widths))}"), notes
         notes = ("The window of the file is not usable.",)
-    if layout.bits_stored <= 8 and not layout.is_signed and modality is None:
+    if layout.bits_stored <= 8 and not layout.is_signed and modality.are_stored:
         # Without a window, 8 bits are grey levels already: stretching them would invent contrast.
         greatest = float(2**layout.bits_stored - 1)
         window = Window(greatest / 2, greatest, "LINEAR_EXACT")
         return window, receipt_of(window, "full range"), notes
-    window = percentile_window(values, padding)
+    window = percentile_window(modality.values, padding)
     return window, receipt_of(window, "percentile"), notes
 
 
@@ -318,11 +334,11 @@ class _UnitTable:
         return np.asarray(self.table(values) / (2**self.table.bits - 1))
 
 
-def _table_of(item: Dataset, layout: PixelLayout) -> LookupTable:
+def _table_of(item: Dataset, layout: PixelLayout, *, is_signed: bool) -> LookupTable:
     return lookup_table(
         item.get("LUTDescriptor"),
         item.get("LUTData"),
-        is_signed=layout.is_signed,
+        is_signed=is_signed,
         little_endian=layout.transfer_syntax != ExplicitVRBigEndian,
     )
 

@@ -68,6 +68,8 @@ def functional_group(dataset: Dataset, frame: int, keyword: str) -> Dataset | No
 def lookup_table(descriptor: object, data: object, *, is_signed: bool, little_endian: bool) -> LookupTable:
     """A LUT from its descriptor (entries, first value mapped, bits) and its data.
 
+    `is_signed` says that the values it maps may be negative: then 0x8000 and above stand for those.
+
     Raises:
         CorruptImageError: the two do not fit together.
     """
