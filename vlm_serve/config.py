@@ -65,7 +65,15 @@ class EngineConfig:
     max_adapter_rank: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_encoder_tokens", "max_adapters"):
+        for name in (
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_encoder_tokens",
+            "encoder_cache_tokens",
+            "max_adapters",
+            "max_adapter_rank",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1.")
         if self.max_model_len is not None and self.max_model_len < 2:

@@ -176,7 +176,7 @@ class Request:
 class TokenOutput:
     """What one step of the engine adds to one request.
 
-    `cached_tokens` counts the prompt's tokens found in the prefix cache (reported with the first output);
+    `cached_tokens` counts the prompt's tokens found in the prefix cache;
     `error` is a message for the caller when `finish_reason` is `error`.
     """
 

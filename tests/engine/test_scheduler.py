@@ -152,6 +152,38 @@ def test_more_adapters_than_slots_take_turns():
     assert_empty(one)
 
 
+def test_an_adapter_that_finds_no_slot_lets_base_requests_pass_but_no_other_adapter():
+    one = scheduler(max_adapters=1)
+    for name, adapter in (("a", "x"), ("b", "y"), ("c", "x"), ("d", None)):
+        one.add(request(name, 4, adapter=adapter, max_tokens=5))
+    step(one)
+    assert [sequence.request.request_id for sequence in one.running] == ["a", "d"]
+    order = [output.request_id for _ in range(20) if one.has_work for output in step(one)[1]]
+    assert order.index("b") < order.index("c")
+    assert_empty(one)
+
+
+def test_suspects_run_one_at_a_time_and_keep_what_they_have_generated():
+    one = scheduler()
+    for name in "abc":
+        one.add(request(name, 4, max_tokens=4))
+    step(one)
+    batch = one.schedule()
+    one.suspect(batch)
+    assert_books_agree(one)
+    one.add(request("new", 4))
+    drawn = []
+    for _ in range(3):
+        alone, (output,) = step(one)
+        drawn.append(output.request_id)
+        assert len(alone.rows) == 1
+    assert drawn == ["a", "b", "c"]
+    assert len(step(one)[0].rows) == 4
+    answers = finish(one)
+    assert {name: len(answers[name]) for name in "abc"} == {"a": 1, "b": 1, "c": 1}
+    assert_empty(one)
+
+
 def test_an_end_token_ends_the_answer():
     one = scheduler()
     one.add(request("a", 4, max_tokens=10, eos=(1000,)))
@@ -214,6 +246,8 @@ def assert_books_agree(one: Scheduler) -> None:
     pinned = [key for sequence in one.running for key in sequence.pinned_images]
     assert one.images._pins == {key: pinned.count(key) for key in pinned}
     assert one.images._held == sum(one.images._sizes.values()) <= one.images.capacity
+    waiting = [sequence.is_suspect for sequence in one.waiting]
+    assert waiting == sorted(waiting, reverse=True)
     assert one.images._pinned == sum(one.images._sizes[key] for key in set(pinned))
     adapters = [s.request.adapter for s in one.running if s.request.adapter]
     assert one.adapters._pins == {name: adapters.count(name) for name in adapters}
@@ -244,7 +278,7 @@ def test_random_loads_keep_the_books_and_come_to_an_end(seed):
             one.abort(alive.pop())
         if (batch := one.schedule()) is not None:
             if rng.random() < 0.05:
-                one.fail(batch, "a fault")
+                rng.choice([one.suspect, lambda failed: one.fail(failed, "a fault")])(batch)
             else:
                 one.update(batch, draw(batch, rng.randrange(2)))
         assert_books_agree(one)

@@ -18,6 +18,7 @@ from vlm_serve.errors import (
     ContextLengthError,
     EngineDeadError,
     ImageError,
+    InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
 )
@@ -84,12 +85,13 @@ async def drain(run) -> None:
 
 
 async def until_idle(llm: AsyncLLM) -> None:
-    """Asks the engine until it holds nothing; the test's own time-out bounds it."""
-    while True:
-        await llm.check_health()
-        if llm.stats.num_requests_running == llm.stats.num_requests_waiting == 0:
-            assert llm.stats.kv_blocks_used == 0
-            return
+    """Asks the engine until it holds nothing."""
+    async with asyncio.timeout(30):
+        while True:
+            await llm.check_health()
+            if llm.stats.num_requests_running == llm.stats.num_requests_waiting == 0:
+                assert llm.stats.kv_blocks_used == 0
+                return
 
 
 async def test_the_process_answers_as_the_offline_class_does(served, llm):
@@ -158,7 +160,7 @@ async def test_of_a_client_that_left_no_further_image_is_decoded(llm, monkeypatc
     await has_begun.wait()
     leaving.cancel()
     await asyncio.wait([leaving])
-    _, text, _ = await answer(llm, conversation(image=1), SamplingParams(max_tokens=3))
+    _, _text, _ = await answer(llm, conversation(image=1), SamplingParams(max_tokens=3))
     assert len(decoded) <= 3
 
 
@@ -253,6 +255,21 @@ async def test_a_killed_engine_ends_its_streams_and_is_seen_to_be_dead(served):
             await llm.check_health()
         with pytest.raises(EngineDeadError):
             await llm.chat(conversation(), model="chest", sampling=LONG, request_id="later")
+
+
+async def test_an_id_that_is_in_use_is_refused_and_its_owner_goes_on(llm):
+    run = await llm.chat(conversation(), model="chest", sampling=LONG, request_id="twice")
+    with pytest.raises(InvalidRequestError):
+        await llm.chat(conversation(), model="chest", sampling=LONG, request_id="twice")
+    assert [delta async for delta in run][-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_an_engine_process_that_cannot_read_its_channel_ends(served):
+    async with started(settings(served)) as llm:
+        llm._engine._channel.send(b"no message of ours")
+        await asyncio.to_thread(llm._engine._process.wait, 30)
+        with pytest.raises(EngineDeadError):
+            await llm.check_health()
 
 
 async def test_settings_that_do_not_fit_stop_the_start_with_their_remedy(served, tmp_path):

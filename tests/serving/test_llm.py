@@ -106,6 +106,12 @@ def test_a_stop_string_ends_the_answer_and_gives_its_blocks_back(llm):
         (lambda llm: llm.generate("word " * 400), ContextLengthError, "messages"),
         (lambda llm: llm.generate(["a", "b"], [GREEDY]), InvalidRequestError, "sampling_params"),
         (lambda llm: llm.generate("a", adapter="cardiology"), ModelNotFoundError, "adapter"),
+        (lambda llm: llm.generate("word " * 200_000), ContextLengthError, "messages"),
+        (
+            lambda llm: llm.chat([{"role": "user", "content": [{"type": "image", "image": Image.new("I", (4, 4))}]}]),
+            InvalidRequestError,
+            "messages[0].content[0]",
+        ),
         (lambda llm: llm.chat([]), InvalidRequestError, "messages"),
         (
             lambda llm: llm.chat([{"role": "user", "content": [{"type": "image", "image": "/no/such"}]}]),

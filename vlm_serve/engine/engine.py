@@ -5,6 +5,7 @@
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ import torch
 
 from vlm_serve.config import EngineConfig, ModelConfig
 from vlm_serve.decoders.config import DecoderConfig
+from vlm_serve.engine.batch import ScheduledBatch
 from vlm_serve.engine.kv_cache import KVCache, bytes_per_token, plan_blocks
 from vlm_serve.engine.model_runner import ModelRunner, adaptable_linears
 from vlm_serve.engine.scheduler import Scheduler
@@ -21,7 +23,7 @@ from vlm_serve.kernels import dispatch
 from vlm_serve.layers.loading import pack_linears
 from vlm_serve.lora.checkpoint import AdapterWeights, read_adapter
 from vlm_serve.lora.store import AdapterFolder
-from vlm_serve.types import EngineStats, Request, StepOutput
+from vlm_serve.types import EngineStats, Request, StepOutput, TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,11 @@ class Engine:
         Raises:
             ConfigurationError: the checkpoint, an adapter or the memory does not fit; says which and what to do.
         """
+        if family.max_tokens_per_image > config.encoder_cache_tokens:
+            raise ConfigurationError(
+                f"An image takes up to {family.max_tokens_per_image} tokens; the encoder cache holds "
+                f"{config.encoder_cache_tokens}. Raise encoder_cache_tokens."
+            )
         device = choose_device(model_config.device)
         dtype = choose_dtype(model_config.dtype, device)
         with _phase("kernels", on_phase):
@@ -109,17 +116,33 @@ class Engine:
         self.scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
-        """One step: the next batch is scheduled, run and taken in."""
+        """One step: the next batch is scheduled, run and taken in.
+
+        A fault in it ends one request. Whatever else it raises has ended the requests of the batch.
+        """
         batch = self.scheduler.schedule()
         if batch is None:
             return StepOutput((), self.stats)
         try:
             tokens = self.runner.run(batch)
-        except Exception as error:  # noqa: BLE001 - a fault ends its requests, never the engine
-            # The type alone: the text of a foreign exception may carry what a patient's prompt held.
-            logger.error("A step of %d requests failed: %s", len(batch.rows), type(error).__name__)
-            return StepOutput(self.scheduler.fail(batch, FAULT_MESSAGE), self.stats)
+        except BaseException as error:
+            outputs = self._recover(batch, error)
+            if isinstance(error, torch.AcceleratorError) or not isinstance(error, Exception):
+                raise  # a device that has failed once fails for good; an interrupt is the caller's
+            return StepOutput(outputs, self.stats)
         return StepOutput(self.scheduler.update(batch, tokens), self.stats)
+
+    def _recover(self, batch: ScheduledBatch, error: BaseException) -> tuple[TokenOutput, ...]:
+        """A fault ends one request: those of a step that failed are run again one at a time, to find it."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        # No text of the exception: it may carry what a patient's prompt held.
+        logger.error(
+            "A step of %d requests failed: %s at %s:%d", len(batch.rows), type(error).__name__, place.name, place.lineno
+        )
+        if isinstance(error, Exception) and len(batch.rows) > 1:
+            self.scheduler.suspect(batch)
+            return ()
+        return self.scheduler.fail(batch, FAULT_MESSAGE)
 
 
 def choose_device(name: str) -> torch.device:
@@ -127,9 +150,14 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise ConfigurationError(f"There is no device {name!r}. Use auto, cpu or cuda.") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"There is no device {name!r}. Use auto, cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(f"torch sees {torch.cuda.device_count()} GPUs, and {name} is none of them. Use cpu.")
+    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -52,6 +52,7 @@ class ModelRunner:
         self._tables = np.zeros((max_rows, max_blocks), dtype=np.int32)
         self._table_lengths = np.zeros(max_rows, dtype=np.int64)
         self._images: list[tuple[PlacedImage, ...]] = [()] * max_rows
+        self._images_end = np.zeros(max_rows, dtype=np.int64)
         self._prompt_lengths = np.zeros(max_rows, dtype=np.int64)
         self._adapter_slots = np.full(max_rows, NO_ADAPTER, dtype=np.int64)
         self._temperature = np.zeros(max_rows)
@@ -83,6 +84,8 @@ class ModelRunner:
 
     def _take_in(self, batch: ScheduledBatch) -> None:
         """Brings rows, blocks, adapters and image embeddings to the state that the batch counts on."""
+        for key in batch.evict_images:  # the first: it holds even if something after it fails
+            self._embeddings.pop(key, None)
         for new_row in batch.new_rows:
             self._start_row(new_row)
         for row, blocks in zip(batch.rows.tolist(), batch.new_blocks, strict=True):
@@ -92,8 +95,6 @@ class ModelRunner:
                 self._table_lengths[row] += len(blocks)
         for slot, digest in batch.load_adapters:
             self._load_adapter(slot, self._adapters[digest])
-        for key in batch.evict_images:
-            self._embeddings.pop(key, None)
         if batch.encode:
             keys, inputs = zip(*batch.encode, strict=True)
             self._embeddings.update(zip(keys, self.model.encode_images(inputs), strict=True))
@@ -103,6 +104,7 @@ class ModelRunner:
         self._tokens[row, : len(new.token_ids)] = new.token_ids
         self._table_lengths[row] = 0
         self._images[row] = new.images
+        self._images_end[row] = max((image.offset + image.length for image in new.images), default=0)
         self._prompt_lengths[row] = new.prompt_len
         self._adapter_slots[row] = NO_ADAPTER if new.adapter_slot is None else new.adapter_slot
         self._temperature[row] = new.sampling.temperature
@@ -152,8 +154,9 @@ class ModelRunner:
         is_image = np.zeros(len(token_ids), dtype=bool)
         pieces = []
         ends = batch.starts + batch.counts
-        for index, row in enumerate(batch.rows.tolist()):
-            for image in self._images[row]:
+        # Sequences whose images all lie behind them, as in every step of decoding, are passed over.
+        for index in (batch.starts < self._images_end[batch.rows]).nonzero()[0].tolist():
+            for image in self._images[batch.rows[index]]:
                 begin = max(image.offset, int(batch.starts[index]))
                 end = min(image.offset + image.length, int(ends[index]))
                 if begin < end:
@@ -163,7 +166,8 @@ class ModelRunner:
         # A placeholder may be a token past the vocabulary; it is never looked up.
         embeddings = self.model.decoder.embed(self._put(np.where(is_image, 0, token_ids)))
         if pieces:
-            embeddings[self._put(is_image)] = torch.cat(pieces)
+            # By index and not by the mask itself, whose count a GPU would have to tell the host first.
+            embeddings.index_copy_(0, self._put(is_image.nonzero()[0]), torch.cat(pieces))
         return embeddings
 
     def _sampling(self, rows: np.ndarray, lengths: np.ndarray) -> SamplingRows:

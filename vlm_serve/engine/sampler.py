@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-
 GREEDY_BELOW = 1e-5
 """A lower temperature is greedy: it would be in effect, and float32 cannot divide by every one of them."""
 

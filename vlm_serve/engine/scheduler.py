@@ -93,9 +93,11 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step's work; None when no sequence can be granted a token."""
         step = _Step(self.config.max_num_batched_tokens, self.config.max_encoder_tokens)
-        self._grant_running(step)
-        if not step.preempted:
-            self._admit_waiting(step)
+        self._grant_suspect(step)
+        if not step.granted:
+            self._grant_running(step, self.running)
+            if not step.preempted:
+                self._admit_waiting(step, list(self.waiting))
         return self._batch(step) if step.granted else None
 
     def update(self, batch: ScheduledBatch, tokens: np.ndarray) -> tuple[TokenOutput, ...]:
@@ -115,6 +117,7 @@ class Scheduler:
             if not samples:
                 continue
             token = next(drawn)
+            sequence.is_suspect = False
             sequence.append(token)
             outputs.append(
                 TokenOutput(sequence.request.request_id, (token,), sequence.finish_reason, sequence.cached_tokens or 0)
@@ -130,11 +133,26 @@ class Scheduler:
             sequence = self._by_row[row]
             outputs.append(TokenOutput(sequence.request.request_id, finish_reason=FinishReason.ERROR, error=message))
             self._finish(sequence, FinishReason.ERROR)
+        self._take_back(batch)
+        return tuple(outputs)
+
+    def suspect(self, batch: ScheduledBatch) -> None:
+        """Sends the sequences of a step that failed back to the head of the queue, to be run one at a time
+        until it is known which of them it was. What they have generated is kept.
+        """
+        for row in reversed(batch.rows.tolist()):
+            sequence = self._by_row[row]
+            sequence.is_suspect = True
+            self._leave_row(sequence)
+            self.waiting.appendleft(sequence)
+        self._take_back(batch)
+
+    def _take_back(self, batch: ScheduledBatch) -> None:
+        """Forgets what a failed step was to bring to the device; nobody pins it any more."""
         for key, _ in batch.encode:
             self.images.forget(key)
         for _, digest in batch.load_adapters:
             self.adapters.forget(digest)
-        return tuple(outputs)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -149,10 +167,17 @@ class Scheduler:
             num_preemptions=self.num_preemptions,
         )
 
-    def _grant_running(self, step: _Step) -> None:
+    def _grant_suspect(self, step: _Step) -> None:
+        """One suspect at a time, alone, until it has drawn a token."""
+        if running := [sequence for sequence in self.running if sequence.is_suspect]:
+            self._grant_running(step, running)
+        elif self.waiting and self.waiting[0].is_suspect:
+            self._admit_waiting(step, [self.waiting[0]])
+
+    def _grant_running(self, step: _Step, candidates: list[Sequence]) -> None:
         # One token is kept back for each sequence that decodes, so that none waits for another's prefill.
-        decoding = sum(sequence.remaining == 1 for sequence in self.running)
-        for sequence in list(self.running):
+        decoding = sum(sequence.remaining == 1 for sequence in candidates)
+        for sequence in list(candidates):
             if sequence.row is None:
                 continue  # preempted by one before it
             decoding -= sequence.remaining == 1
@@ -169,12 +194,16 @@ class Scheduler:
             if count > 0:
                 self._grant(step, sequence, count, self.blocks.grow(sequence, sequence.computed + count))
 
-    def _admit_waiting(self, step: _Step) -> None:
-        while self.waiting and self._free_rows and step.budget > 0:
-            sequence = self.waiting[0]
-            adapter = sequence.request.adapter
-            if adapter is not None and not self.adapters.can_pin(adapter):
+    def _admit_waiting(self, step: _Step, candidates: list[Sequence]) -> None:
+        slots_are_taken = False
+        for sequence in candidates:
+            if not self._free_rows or step.budget == 0:
                 return
+            adapter = sequence.request.adapter
+            if adapter is not None and (slots_are_taken or not self.adapters.can_pin(adapter)):
+                # Base requests may pass. Other adapters may not, lest busy ones hold their slots for ever.
+                slots_are_taken = True
+                continue
             prefix = self.blocks.find_prefix(sequence)
             # Room for all that is known, not for one chunk: a prompt let in by halves is soon preempted.
             if not self.blocks.can_admit(prefix, len(sequence.token_ids)):
@@ -184,7 +213,7 @@ class Scheduler:
             count = self._grant_images(step, sequence, start, wanted)
             if count <= 0:
                 return
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             self._take_row(step, sequence)
             self.blocks.admit(sequence, prefix)
             self.blocks.grow(sequence, start + count)
@@ -198,7 +227,10 @@ class Scheduler:
         """Sees to it that every image under `[start, start + count)` is on the device or encoded in this
         step; returns how many tokens can be granted, cut just before an image that finds no room.
         """
-        for span in sequence.request.images:
+        spans = sequence.request.images
+        if not spans or start >= spans[-1].end:
+            return count
+        for span in spans:
             if span.end <= start:
                 continue
             if span.offset >= start + count:

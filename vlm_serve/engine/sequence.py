@@ -13,7 +13,8 @@ class Sequence:
 
     `computed` tokens have their keys and values in the cache; `token_ids` are the prompt and the answer so
     far. `row` is its place in the batch while it runs. `block_hashes` grows with the full blocks of
-    `token_ids` and never changes; `block_table` is what it holds of the cache now.
+    `token_ids` and never changes; `block_table` is what it holds of the cache now. A suspect was in a step
+    that failed and has to pass one alone.
     """
 
     request: Request
@@ -27,6 +28,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     pinned_images: set[ImageKey] = field(default_factory=set)
+    is_suspect: bool = False
     finish_reason: FinishReason | None = None
 
     @classmethod

@@ -21,11 +21,11 @@ from vlm_serve.clinical.image import ClinicalImage
 from vlm_serve.decoders.config import DecoderConfig
 from vlm_serve.decoders.decoder import Decoder
 from vlm_serve.digests import folder_digest
-from vlm_serve.errors import CheckpointError
+from vlm_serve.errors import CheckpointError, ContextLengthError
 from vlm_serve.families.prompt import Prompt as Prompt
 from vlm_serve.families.prompt import PromptRenderer
 from vlm_serve.layers.loading import load_checkpoint
-from vlm_serve.types import ChatInput, ImageInputs
+from vlm_serve.types import ChatInput, ImageInputs, TextPart
 
 IDENTITY_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
 """What the identity of a model is made of: weights, configs, tokenizer, template."""
@@ -139,12 +139,38 @@ class ModelFamily(ABC):
         return self.prompts.backend
 
     def render_chat(self, chat: ChatInput, images: Sequence[ImageInputs]) -> Prompt:
-        """The conversation as token ids, with the cue for an answer; see `PromptRenderer.render`."""
+        """The conversation as token ids, with the cue for an answer; see `PromptRenderer.render`.
+
+        Raises:
+            ContextLengthError: it cannot fit, however it is tokenised.
+        """
+        self._check_length(
+            sum(len(part.text) for m in chat.messages for part in m.content if isinstance(part, TextPart))
+        )
         return self.prompts.render(chat, images)
 
     def encode_text(self, text: str) -> Prompt:
-        """A bare prompt; see `PromptRenderer.encode_text`."""
+        """A bare prompt; see `PromptRenderer.encode_text`.
+
+        Raises:
+            ContextLengthError: it cannot fit, however it is tokenised.
+        """
+        self._check_length(len(text))
         return self.prompts.encode_text(text)
+
+    @cached_property
+    def _most_characters(self) -> int:
+        """More characters than this are more tokens than the decoder has positions."""
+        return self.decoder_config.max_positions * max(len(token) for token in self.tokenizer.get_vocab())
+
+    def _check_length(self, characters: int) -> None:
+        """Before the tokenizer sees the text, which costs it seconds and gigabytes for some megabytes."""
+        if characters > self._most_characters:
+            raise ContextLengthError(
+                f"The text has {characters} characters; the model's context holds {self.decoder_config.max_positions} "
+                "tokens. Shorten it.",
+                param="messages",
+            )
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -94,6 +94,7 @@ class Linear(nn.Module):
         if not parts:
             self.adapters.pop(slot, None)
             return
+        assert self.parallel.size == 1, "adapters are not cut among tensor-parallel ranks yet"
         rank = sum(a.shape[0] for a, _ in parts.values())
         first_a, first_b = next(iter(parts.values()))
         a_stacked = first_a.new_empty(rank, first_a.shape[1])

@@ -12,7 +12,13 @@ from pathlib import Path
 
 from vlm_serve import errors
 from vlm_serve.config import EngineConfig, ModelConfig
-from vlm_serve.errors import ConfigurationError, EngineDeadError, RequestFailedError, VlmServeError
+from vlm_serve.errors import (
+    ConfigurationError,
+    EngineDeadError,
+    InvalidRequestError,
+    RequestFailedError,
+    VlmServeError,
+)
 from vlm_serve.lora.store import AdapterFolder
 from vlm_serve.serving.channel import Channel, ChannelClosedError, decode, encode, spawn
 from vlm_serve.serving.messages import (
@@ -76,6 +82,11 @@ class OutputStream:
             self.forget()
             self._client.abort(self._request_id)
 
+    def abort_once(self, sent: asyncio.Future[None]) -> None:
+        """Aborts when `sent` is done; that sending it failed has been told to whoever waited."""
+        sent.exception()
+        self.abort()
+
     def forget(self) -> None:
         """The request has ended; nothing more comes for it."""
         self._has_ended = True
@@ -116,9 +127,10 @@ class EngineClient:
             ConfigurationError: the engine refuses its settings, or died while it loaded.
         """
         client = cls()
-        client._send(Start(str(folder), time.time(), model, engine, adapters))
         threading.Thread(target=client._read, args=(on_phase,), daemon=True, name="engine-reader").start()
         try:
+            with contextlib.suppress(EngineDeadError):  # `_ready` tells it in an operator's words
+                client._send(Start(str(folder), time.time(), model, engine, adapters))
             return client, await client._ready
         except BaseException:
             await client.close()
@@ -136,14 +148,19 @@ class EngineClient:
             InputError: the engine cannot serve the request as it is.
             EngineDeadError: the engine process is gone.
         """
+        if request.request_id in self._queues:
+            raise InvalidRequestError("A request with this id is running.", param="request_id")
         inbox: asyncio.Queue[_Arrival] = asyncio.Queue()
         self._queues[request.request_id] = inbox
         stream = OutputStream(self, request.request_id, inbox)
+        # On a thread: the tensors of many images are megabytes, and other streams must go on meanwhile.
+        sending = asyncio.ensure_future(asyncio.to_thread(self._send, Add(request)))
         try:
-            self._send(Add(request))
+            await asyncio.shield(sending)
             arrival = await inbox.get()
         except BaseException:
-            stream.abort()
+            # Not before the request itself is sent: the engine would take the abort for nobody's.
+            sending.add_done_callback(stream.abort_once)
             raise
         if isinstance(arrival, VlmServeError):
             stream.forget()
@@ -169,7 +186,7 @@ class EngineClient:
 
     def abort(self, request_id: str) -> None:
         """Tells the engine to drop a request."""
-        if not self._is_dead:
+        with contextlib.suppress(EngineDeadError):
             self._send(Abort(request_id))
 
     def forget(self, request_id: str) -> None:

@@ -37,10 +37,15 @@ class Detokenizer:
     def add(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> TextDelta:
         """The delta for the tokens of one step. Its finish reason is `stop` once a stop string is found,
         whatever the engine said.
+
+        The engine's own `stop` means that the last token is one that ends answers: it counts and is no text.
         """
         text, counted = "", []
-        for token_id in token_ids:
+        is_end = finish_reason is FinishReason.STOP
+        for index, token_id in enumerate(token_ids):
             counted.append(token_id)
+            if is_end and index == len(token_ids) - 1:
+                break
             self._held += self._decode(token_id)
             if (cut := self._find_stop()) is not None:
                 return TextDelta(text + self._held[:cut], tuple(counted), FinishReason.STOP)

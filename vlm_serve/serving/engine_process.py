@@ -88,6 +88,8 @@ def _read(channel: Channel, inbox: Inbox) -> None:
         while True:
             inbox.put(decode(channel.recv()[0], ToEngine))
     except ChannelClosedError:
+        pass
+    finally:  # whatever ended this thread, the process must not outlive its last word from the server
         inbox.put(None)
 
 

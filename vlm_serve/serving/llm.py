@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlm_serve.clinical.image import ImageReceipt
 from vlm_serve.config import EngineConfig, IngestConfig, ModelConfig
 from vlm_serve.engine.engine import Engine
-from vlm_serve.errors import InvalidRequestError, ModelNotFoundError, RequestFailedError
+from vlm_serve.errors import InvalidRequestError, ModelNotFoundError
 from vlm_serve.families import load_family, resolve_model
 from vlm_serve.lora.store import AdapterStore
 from vlm_serve.serving.detokenizer import Detokenizer
 from vlm_serve.serving.ingest import Ingest, PreparedPrompt
 from vlm_serve.serving.media import read_conversation
-from vlm_serve.types import FinishReason, Request, SamplingParams, TokenOutput
+from vlm_serve.types import Request, SamplingParams, TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One answer. `finish_reason` is `stop` or `length`."""
+    """One answer. `finish_reason` is `stop`, `length`, or `error` where a fault in the engine cut it short."""
 
     index: int
     text: str
@@ -211,8 +211,6 @@ class LLM:
 
     def _take(self, result: RequestOutput, detokenizer: Detokenizer, output: TokenOutput) -> bool:
         """Adds one step's tokens to an answer; True if it has ended."""
-        if output.finish_reason is FinishReason.ERROR:
-            raise RequestFailedError(output.error or "The request failed.")
         delta = detokenizer.add(output.token_ids, output.finish_reason)
         answer = result.outputs[0]
         answer.text += delta.text

@@ -58,9 +58,7 @@ def from_base64(encoded: str, param: str) -> bytes:
     try:
         data = binascii.a2b_base64(encoded, strict_mode=True)
     except ValueError:  # binascii.Error, or a character beyond ASCII
-        raise InvalidRequestError(
-            "The data is not valid base64 (standard alphabet, padded).", param=param
-        ) from None
+        raise InvalidRequestError("The data is not valid base64 (standard alphabet, padded).", param=param) from None
     if not data:
         raise InvalidRequestError("The file is empty.", param=param)
     return data
@@ -102,12 +100,7 @@ def _read_part(part: Mapping[str, Any], param: str) -> TextPart | ImagePart:
 
 def _read_image(image: Any, param: str) -> bytes:
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        # PNG is lossless; what it cannot hold (CMYK, float) becomes RGB first.
-        (image if image.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else image.convert("RGB")).save(
-            buffer, format="PNG"
-        )
-        return buffer.getvalue()
+        return _to_png(image, param)
     if isinstance(image, str | Path):
         try:
             return Path(image).read_bytes()
@@ -116,3 +109,20 @@ def _read_image(image: Any, param: str) -> bytes:
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     raise InvalidRequestError("An image must be a PIL image, a path or bytes.", param=param)
+
+
+def _to_png(image: Image.Image, param: str) -> bytes:
+    """Without loss. What PNG cannot hold becomes RGB first; greys of more than 8 bits would be clipped in that."""
+    if image.mode not in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"):
+        if image.mode.startswith(("I", "F")):
+            raise InvalidRequestError(
+                f"Greys of mode {image.mode} would be clipped. Window the image to 8 bits, or pass the DICOM file.",
+                param=param,
+            )
+        image = image.convert("RGB")
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, format="PNG")
+    except OSError:  # a file behind it that was read only now, and breaks off
+        raise InvalidRequestError("The image cannot be read to its end.", param=param) from None
+    return buffer.getvalue()

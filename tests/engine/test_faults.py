@@ -1,0 +1,115 @@
+"""A fault ends one request; an interrupted step leaves no lie in the books. On a real tiny model."""
+
+import pytest
+
+from tests.checkpoints import make_llava
+from tests.engine.adapters import make_adapter
+from tests.engine.harness import Harness, assert_parity, picture
+from vlm_serve.engine.engine import choose_device
+from vlm_serve.errors import ConfigurationError
+from vlm_serve.types import FinishReason, Request, SamplingParams
+
+QUESTION = "What does the image show?"
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    folder, directory = tmp_path_factory.mktemp("llava"), tmp_path_factory.mktemp("adapters")
+    model = make_llava(folder)
+    references = {
+        name: make_adapter(model, directory / name, rank=4, seed=seed, targets=r".*language_model.*_proj")
+        for seed, name in enumerate("ab")
+    }
+    return folder, directory, references | {None: model}
+
+
+def break_the_encoder_for(harness: Harness, digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = harness.engine.runner.model
+    encode = model.encode_images
+
+    def broken(images):
+        if any(inputs.digest == digest for inputs in images):
+            raise RuntimeError("a fault in the encoder")
+        return encode(images)
+
+    monkeypatch.setattr(model, "encode_images", broken)
+
+
+def test_a_poisoned_image_ends_its_own_request_and_its_neighbours_finish_as_if_alone(adapted, monkeypatch):
+    folder, directory, _references = adapted
+    harness = Harness(folder, adapters=directory)
+    engine = harness.engine
+    prompts = [harness.chat(picture(seed), QUESTION) for seed in range(5)]
+    expected = [run.token_ids for run in harness.run(*prompts, max_tokens=12, salt="undisturbed")]
+    break_the_encoder_for(harness, prompts[2].images[0].inputs.digest, monkeypatch)
+    answers: dict[str, list[int]] = {str(index): [] for index in range(5)}
+    reasons = {}
+    for index, prompt in enumerate(prompts):
+        harness._runs[str(index)] = type(harness._runs["0"])(prompt)
+        engine.add(Request(str(index), prompt.token_ids, GREEDY, prompt.images))
+    while engine.has_work:
+        for output in engine.step().outputs:
+            answers[output.request_id] += output.token_ids
+            if output.finish_reason:
+                reasons[output.request_id] = output.finish_reason
+    assert reasons.pop("2") is FinishReason.ERROR
+    assert set(reasons.values()) == {FinishReason.LENGTH}
+    assert [answers[name] for name in reasons] == [expected[int(name)] for name in reasons]
+    assert engine.stats.kv_blocks_used == 0
+
+
+def test_a_fault_in_the_middle_of_decoding_costs_the_neighbours_nothing(adapted, monkeypatch):
+    folder, _, references = adapted
+    harness = Harness(folder)
+    engine = harness.engine
+    decoder = engine.runner.model.decoder
+    steps, forward = [], decoder.forward
+
+    def fails_once(*arguments):
+        steps.append(1)
+        if len(steps) == 4:
+            raise MemoryError
+        return forward(*arguments)
+
+    monkeypatch.setattr(decoder, "forward", fails_once)
+    prompts = [harness.chat(picture(seed), QUESTION) for seed in range(3)]
+    for run in harness.run(*prompts, max_tokens=10):
+        assert_parity(references[None], run)
+
+
+def test_an_interrupted_step_leaves_no_adapter_and_no_image_that_is_not_there(adapted, monkeypatch):
+    folder, directory, references = adapted
+    harness = Harness(folder, adapters=directory, max_adapters=1)
+    engine, runner = harness.engine, harness.engine.runner
+    prompt = harness.chat(picture(1), QUESTION)
+    harness.run(harness.chat("Hello"), adapters=["a"])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "_load_adapter", interrupt)
+        engine.add(Request("b", prompt.token_ids, GREEDY, prompt.images, adapter=harness.store.get("b").digest))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert not engine.has_work
+    (run,) = harness.run(prompt, adapters=["b"])
+    assert_parity(references["b"], run)
+
+
+def test_the_tensors_on_the_device_are_those_of_the_books(adapted):
+    folder, directory, _ = adapted
+    harness = Harness(folder, adapters=directory, encoder_cache_tokens=48, max_adapters=1)
+    for seed in range(6):
+        harness.run(harness.chat(picture(seed), picture(seed + 1), QUESTION), adapters=["ab"[seed % 2]])
+        scheduler, runner = harness.engine.scheduler, harness.engine.runner
+        assert runner._embeddings.keys() == scheduler.images._sizes.keys()
+        slots = {slot for _, linear in runner._linears for slot in linear.adapters}
+        assert slots == set(scheduler.adapters._slots.values())
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "cuda:99", "gpu", ""])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(ConfigurationError):
+        choose_device(name)
