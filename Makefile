@@ -34,7 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(PYTHON) -m venv --without-pip $(VENV); \
 	  $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system.pth"; \
-	  $(PYTHON) -m pip --python $(PY) install --quiet --no-build-isolation $(PIP_ARGS) -e '.[test]'; \
+	  $(PYTHON) -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null \
+	    || $(PYTHON) -m pip --python $(PY) install --quiet $(PIP_ARGS) 'setuptools>=77'; \
+	  $(PYTHON) -m pip --python $(PY) install --quiet --no-build-isolation $(PIP_ARGS) -e '.[test,dev]'; \
 	else \
 	  echo "Setting up $(VENV) (torch and the model libraries: a few minutes the first time)"; \
 	  $(PYTHON) -m venv $(VENV); \

@@ -4,6 +4,7 @@ Neither carries anything a client wrote, but for an id of a strict pattern: no U
 an exception.
 """
 
+import asyncio
 import logging
 import re
 import traceback
@@ -15,8 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_response
 from api.record import RECORD, RequestRecord
+from vlm_serve.errors import ServiceError
 
 logger = logging.getLogger("vlm_serve.api")
+
+STOPPING = "The server is shutting down. Send the request again."
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{7,63}")
 
@@ -48,6 +52,9 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, stamped)
+        except asyncio.CancelledError:  # the server is told to stop at once
+            if record.status is None:
+                await error_response(ServiceError(STOPPING))(scope, receive, stamped)
         except Exception as error:  # noqa: BLE001 – the last stop; its text may echo content and is not logged
             self._log_unexpected(record, error)
             if record.status is None:

@@ -62,8 +62,9 @@ def image_answer_json(run: ChatRun, base: ServedModel) -> JsonObject:
 class CompletionWriter:
     """Writes the answer of one run, whole or in chunks, all under one id."""
 
-    def __init__(self, run: ChatRun, base: ServedModel, created: int) -> None:
+    def __init__(self, run: ChatRun, base: ServedModel, created: int, *, include_usage: bool) -> None:
         self._run = run
+        self._include_usage = include_usage
         self._base = base
         self._created = created
 
@@ -98,7 +99,9 @@ class CompletionWriter:
 
     def _chunk(self, delta: JsonObject, reason: FinishReason | None) -> JsonObject:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason and reason.value}
-        return self._head("chat.completion.chunk") | {"choices": [choice]}
+        # As OpenAI has it: every chunk names the usage that only the last one knows.
+        usage = {"usage": None} if self._include_usage else {}
+        return self._head("chat.completion.chunk") | {"choices": [choice]} | usage
 
 
 def server_sent_event(data: JsonObject) -> bytes:

@@ -22,6 +22,10 @@ ROOT = Path(__file__).parent.parent
 RADIOGRAPH = ROOT / "sample_data" / "chest_radiograph.dcm"
 
 
+START_SECONDS = 600
+"""The first start fetches and converts the model."""
+
+
 def main() -> None:
     began = time.perf_counter()
     with running_server() as url:
@@ -64,12 +68,15 @@ def running_server() -> Iterator[str]:
 
 
 def is_healthy_in_the_end(server: subprocess.Popen[bytes], url: str) -> bool:
-    """Waits for the server; False if it ended instead."""
-    while server.poll() is None:
-        try:
-            if httpx.get(f"{url}/health", timeout=60).status_code == 200:
-                return True
-        except httpx.TransportError:
+    """Waits for the server; False if it ended instead, or took too long."""
+    deadline = time.monotonic() + START_SECONDS
+    with httpx.Client(trust_env=False) as client:  # a proxy is not for this machine
+        while server.poll() is None and time.monotonic() < deadline:
+            try:
+                if client.get(f"{url}/health", timeout=60).status_code == 200:
+                    return True
+            except httpx.TransportError:
+                pass  # not listening yet
             time.sleep(0.2)
     return False
 
@@ -86,13 +93,18 @@ def ask(url: str, content: str | list[dict[str, Any]]) -> None:
     }
     asked = time.perf_counter()
     first, about, usage = None, None, {}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as response:
+    with (
+        httpx.Client(trust_env=False, timeout=300) as client,
+        client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
+    ):
         if response.status_code != 200:
             sys.exit(response.read().decode())
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                sys.exit(f"\n{event['error']['message']}")
             about = event.get("x_vlm_serve", about)
             usage = event.get("usage") or usage
             for choice in event["choices"]:

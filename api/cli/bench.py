@@ -30,7 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from api.cli.arguments import given_settings
-from api.cli.files import data_url
+from api.cli.files import data_url, honours_proxy
 from vlm_serve import __version__
 from vlm_serve.errors import InvalidRequestError, ServiceError
 from vlm_serve.types import ImagePart, JsonObject
@@ -101,7 +101,8 @@ async def _bench(
     results = []
     async with _server(arguments, console) as url:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=url, timeout=START_TIMEOUT, limits=limits) as client:
+        trust = honours_proxy(url)
+        async with httpx.AsyncClient(base_url=url, timeout=START_TIMEOUT, limits=limits, trust_env=trust) as client:
             model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]
             load = _Load(client, model["id"], arguments.max_tokens)
             workloads = ("text", "image") if model["max_tokens_per_image"] else ("text",)

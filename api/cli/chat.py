@@ -16,7 +16,7 @@ import httpx
 from rich.console import Console
 
 from api.cli.arguments import given_settings
-from api.cli.files import data_url, read_image
+from api.cli.files import data_url, honours_proxy, read_image
 from api.cli.receipts import print_about_images
 from api.cli.settings import load_settings
 from api.responses import image_answer_json
@@ -54,7 +54,8 @@ class Server:
     @asynccontextmanager
     async def connect(cls, url: str, model: str | None) -> AsyncIterator["Server"]:
         timeout = httpx.Timeout(600.0, connect=5.0)
-        async with httpx.AsyncClient(base_url=url.removesuffix("/").removesuffix("/v1"), timeout=timeout) as client:
+        base_url = url.removesuffix("/").removesuffix("/v1")
+        async with httpx.AsyncClient(base_url=base_url, timeout=timeout, trust_env=honours_proxy(url)) as client:
             if model is None:
                 model = (await _request(client, "GET", "/v1/models"))["data"][0]["id"]
             yield cls(client, model)

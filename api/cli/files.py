@@ -1,7 +1,9 @@
-"""Files named on the command line as image parts: their type is read from their first bytes, then their name."""
+"""What the command line reads and reaches: files as image parts, and servers by their URL."""
 
 import base64
 from pathlib import Path
+
+import httpx
 
 from vlm_serve.errors import InvalidRequestError
 from vlm_serve.types import ImagePart
@@ -30,3 +32,8 @@ def read_image(path: Path) -> ImagePart:
 
 def data_url(part: ImagePart) -> str:
     return f"data:{part.media_type};base64,{base64.b64encode(part.data).decode('ascii')}"
+
+
+def honours_proxy(url: str) -> bool:
+    """Whether a request to `url` may go through the proxy of the environment: never one to this machine."""
+    return httpx.URL(url).host not in ("localhost", "127.0.0.1", "::1")

@@ -22,8 +22,9 @@ from vlm_serve.config import ServerConfig, Settings
 from vlm_serve.errors import ConfigurationError
 from vlm_serve.serving.async_llm import AsyncLLM
 
-GRACE = 30
-"""Seconds that running answers have to end after a first SIGTERM or SIGINT; a second one ends them."""
+GRACE = 8
+"""Seconds that running answers have to end after a first SIGTERM or SIGINT; a second one ends them. Container
+runtimes kill after 10."""
 
 
 def serve(arguments: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ CLIENT_CLOSED_REQUEST = 499
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": ChatCompletionRequest.model_json_schema()}},
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatCompletionRequest"}}},
         }
     },
 )
@@ -150,7 +150,7 @@ class Answer:
                     yield writer.usage_chunk(delta.usage)
 
     def _writer(self, run: ChatRun) -> CompletionWriter:
-        return CompletionWriter(run, self._state.base, self._created)
+        return CompletionWriter(run, self._state.base, self._created, include_usage=self._asked.include_usage)
 
 
 class EventStream(Response):

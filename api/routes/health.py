@@ -10,6 +10,7 @@ from vlm_serve import __version__
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(state: Annotated[AppState, Depends(app_state)]) -> dict[str, str]:
     """Ask the engine's own loop, not only this process."""

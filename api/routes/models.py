@@ -12,6 +12,7 @@ from vlm_serve.types import JsonObject
 router = APIRouter()
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def list_models(state: Annotated[AppState, Depends(app_state)]) -> JsonObject:
     return {"object": "list", "data": [model_json(model) for model in state.llm.models]}

@@ -206,7 +206,7 @@ def test_a_client_that_leaves_ends_its_request(
     body = json.dumps(text_body(stream=stream)).encode()
     client = connect(scripted.url)
     client.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     )
     if stream and script.deltas and not script.hold_admission:

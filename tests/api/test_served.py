@@ -195,7 +195,7 @@ def test_a_follow_up_finds_its_prompt_in_the_cache_and_its_image_encoded(served:
 
 def _metrics(served: Served) -> dict[str, float]:
     with connect(served.url) as client:
-        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         text = b"".join(iter(lambda: client.recv(65536), b"")).decode()
     return {name: float(value) for name, value in re.findall(r"^(vlm_serve:\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)}
 
@@ -243,7 +243,7 @@ def test_a_client_that_leaves_frees_the_engine(served: Served, stream: bool) -> 
     content = json.dumps(body).encode()
     client = connect(served.url)
     client.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (len(content), content)
     )
     if stream:
