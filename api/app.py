@@ -7,9 +7,7 @@ from pydantic.json_schema import models_json_schema
 from api.body_limit import BodyLimit
 from api.errors import install_error_handlers
 from api.host_check import LOOPBACK, HostCheck
-from api.loopback import LoopbackHosts, is_loopback
 from api.metrics import Metrics
-from api.openapi import ERRORS, Application
 from api.request_log import RequestLog
 from api.routes import chat, health, metrics, models
 from api.schemas import ChatCompletionRequest
@@ -22,7 +20,7 @@ from vlm_serve.types import JsonObject
 
 def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     """The routes over `llm`, within the limits of `config`. No page of documentation: it would load from a CDN."""
-    app = Application(title="vlm-serve", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
+    app = FastAPI(title="vlm-serve", version=__version__, docs_url=None, redoc_url=None)
     app.state.shared = AppState(llm, config, Metrics(lambda: llm.stats, llm.models[0].id))
     install_error_handlers(app)
     for route in (chat, models, health, metrics):
@@ -31,8 +29,6 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.host in LOOPBACK:
         app.add_middleware(HostCheck)
-    if is_loopback(config.host):
-        app.add_middleware(LoopbackHosts)
     app.add_middleware(RequestLog)  # added last: the outermost
     return app
 

@@ -106,7 +106,6 @@ def test_a_stop_string_ends_the_answer_and_gives_its_blocks_back(llm):
         (lambda llm: llm.generate("word " * 400), ContextLengthError, "messages"),
         (lambda llm: llm.generate(["a", "b"], [GREEDY]), InvalidRequestError, "sampling_params"),
         (lambda llm: llm.generate("a", adapter="cardiology"), ModelNotFoundError, "adapter"),
-        (lambda llm: llm.generate("word " * 200_000), ContextLengthError, "messages"),
         (
             lambda llm: llm.chat([{"role": "user", "content": [{"type": "image", "image": Image.new("I", (4, 4))}]}]),
             InvalidRequestError,
@@ -130,3 +129,9 @@ def test_what_cannot_be_served_is_named_and_leaves_nothing_behind(llm, call, err
         call(llm)
     assert raised.value.param == param
     assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("ask", [LLM.generate, lambda llm, text: llm.chat([{"role": "user", "content": text}])])
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(llm, ask):
+    with pytest.raises(ContextLengthError, match="characters"):
+        ask(llm, "word " * 200_000)
