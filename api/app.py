@@ -1,43 +1,29 @@
 """The HTTP application around a running `AsyncLLM`; who started that closes it."""
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 
 from api.body_limit import BodyLimit
 from api.errors import install_error_handlers
 from api.host_check import LOOPBACK, HostCheck
 from api.metrics import Metrics
+from api.openapi import ERRORS, Application
 from api.request_log import RequestLog
 from api.routes import chat, health, metrics, models
-from api.schemas import ChatCompletionRequest
 from api.state import AppState
 from vlm_serve import __version__
 from vlm_serve.config import ServerConfig
 from vlm_serve.serving.async_llm import AsyncLLM
-from vlm_serve.types import JsonObject
 
 
 def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     """The routes over `llm`, within the limits of `config`. No page of documentation: it would load from a CDN."""
-    app = FastAPI(title="vlm-serve", version=__version__, docs_url=None, redoc_url=None)
+    app = Application(title="vlm-serve", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.shared = AppState(llm, config, Metrics(lambda: llm.stats, llm.models[0].id))
     install_error_handlers(app)
     for route in (chat, models, health, metrics):
         app.include_router(route.router)
-    app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.host in LOOPBACK:
         app.add_middleware(HostCheck)
     app.add_middleware(RequestLog)  # added last: the outermost
     return app
-
-
-def openapi_document(app: FastAPI) -> JsonObject:
-    """FastAPI's document with the schema of the chat request, which the route parses itself."""
-    document: JsonObject = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    _, chat_request = models_json_schema(
-        [(ChatCompletionRequest, "validation")], ref_template="#/components/schemas/{model}"
-    )
-    document.setdefault("components", {}).setdefault("schemas", {}).update(chat_request["$defs"])
-    return document

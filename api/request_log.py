@@ -54,6 +54,7 @@ class RequestLog:
             await self.app(scope, receive, stamped)
         except asyncio.CancelledError:  # the server is told to stop at once
             if record.status is None:
+                record.facts["error"] = "shutdown"
                 await error_response(ServiceError(STOPPING))(scope, receive, stamped)
         except Exception as error:  # noqa: BLE001 – the last stop; its text may echo content and is not logged
             self._log_unexpected(record, error)

@@ -15,12 +15,13 @@ from pydantic import (
     Field,
     Strict,
     StrictBool,
-    StrictInt,
     StrictStr,
     model_validator,
 )
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+
+Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
 
 IGNORED_FIELDS = frozenset(
     {
@@ -142,12 +143,12 @@ class ChatCompletionRequest(WireModel):
 
     model: Annotated[str, Strict(), Field(min_length=1, max_length=256)]
     messages: Annotated[list[ChatCompletionMessage], Field(min_length=1, max_length=4096)]
-    max_tokens: StrictInt | None = None
-    max_completion_tokens: StrictInt | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     temperature: Number | None = None
     top_p: Number | None = None
-    top_k: StrictInt | None = None
-    seed: StrictInt | None = None
+    top_k: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] | None = None
+    seed: Annotated[int, Strict(), Field(ge=-(2**63), lt=2**64)] | None = None
     stop: StrictStr | list[StrictStr] | None = None
     ignore_eos: StrictBool | None = None
     stream: StrictBool | None = None

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,9 @@ def running_server() -> Iterator[str]:
     with tempfile.TemporaryFile("w+") as log:  # the server's log would run into the streamed text
         server = subprocess.Popen(command, cwd=ROOT, stderr=log)
         try:
-            if not is_healthy_in_the_end(server, url):
+            if failure := wait_until_healthy(server, url, START_SECONDS):
                 log.seek(0)
-                sys.exit(f"The server did not start.\n{log.read()}")
+                sys.exit(f"{failure}\n{log.read()}")
             yield url
         finally:
             server.send_signal(signal.SIGTERM)
@@ -67,18 +67,18 @@ def running_server() -> Iterator[str]:
                 server.kill()
 
 
-def is_healthy_in_the_end(server: subprocess.Popen[bytes], url: str) -> bool:
-    """Waits for the server; False if it ended instead, or took too long."""
-    deadline = time.monotonic() + START_SECONDS
+def wait_until_healthy(server: subprocess.Popen[bytes], url: str, seconds: float) -> str | None:
+    """Waits for the server; says what went wrong if it ended instead, or was not up in time."""
+    deadline = time.monotonic() + seconds
     with httpx.Client(trust_env=False) as client:  # a proxy is not for this machine
-        while server.poll() is None and time.monotonic() < deadline:
-            try:
-                if client.get(f"{url}/health", timeout=60).status_code == 200:
-                    return True
-            except httpx.TransportError:
-                pass  # not listening yet
+        while (left := deadline - time.monotonic()) > 0:
+            if server.poll() is not None:
+                return "The server did not start."
+            with suppress(httpx.TransportError):  # not listening yet
+                if client.get(f"{url}/health", timeout=left).status_code == 200:
+                    return None
             time.sleep(0.2)
-    return False
+    return f"The server was not up after {seconds:.0f} s. `vlm-serve serve` shows where it stays."
 
 
 def ask(url: str, content: str | list[dict[str, Any]]) -> None:

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> "Callable[..., int]":
     if name == "serve":
+        print(f"Starting vlm-serve {__version__} …", flush=True)  # the import of torch takes seconds
         from api.cli.serve import serve
 
         return serve

@@ -26,6 +26,9 @@ GRACE = 8
 """Seconds that running answers have to end after a first SIGTERM or SIGINT; a second one ends them. Container
 runtimes kill after 10."""
 
+FAREWELL = 1.0
+"""Seconds that requests cut off at the end have to tell their clients."""
+
 
 def serve(arguments: argparse.Namespace) -> int:
     settings = load_settings(given_settings(arguments), os.environ, arguments.config)
@@ -118,6 +121,18 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def force(self) -> None:
+        """Ends the requests that are left: uvicorn's own `force_exit` would leave them to the loop's end."""
+        self.force_exit = True
+        for task in self.server_state.tasks:
+            if not task.cancelling():  # a second cancellation would cut off what the first one says
+                task.cancel()
+
+    async def ended(self) -> None:
+        """Waits until the requests cut off have told their clients, while the engine is still there."""
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=FAREWELL)
+
 
 async def _serve_until(stop: asyncio.Event, app: FastAPI, listener: socket.socket) -> None:
     server = Server(app)
@@ -128,8 +143,9 @@ async def _serve_until(stop: asyncio.Event, app: FastAPI, listener: socket.socke
         server.should_exit = True
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, setattr, server, "force_exit", True)
+            loop.add_signal_handler(number, server.force)
         await serving
+        await server.ended()
     finally:
         stopping.cancel()
 

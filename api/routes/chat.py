@@ -15,12 +15,14 @@ from starlette.types import Receive, Scope, Send
 from api.disconnect import ClientGoneError, while_connected
 from api.errors import error_body, http_error, invalid_request
 from api.metrics import Metrics
+from api.openapi import CHAT_ANSWER, CHAT_REQUEST
 from api.record import RequestRecord, record_of
+from api.request_log import STOPPING
 from api.responses import DONE, CompletionWriter, server_sent_event
 from api.schemas import ChatCompletionRequest
 from api.state import AppState, app_state
 from api.wire import chat_input, sampling_params
-from vlm_serve.errors import InvalidRequestError, RequestFailedError, VlmServeError
+from vlm_serve.errors import InvalidRequestError, RequestFailedError, ServiceError, VlmServeError
 from vlm_serve.serving.async_llm import ChatRun, TokenDelta
 from vlm_serve.types import ChatInput, FinishReason, JsonObject, SamplingParams
 
@@ -32,12 +34,8 @@ CLIENT_CLOSED_REQUEST = 499
 
 @router.post(
     "/v1/chat/completions",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatCompletionRequest"}}},
-        }
-    },
+    responses=CHAT_ANSWER,
+    openapi_extra=CHAT_REQUEST,
 )
 async def create_chat_completion(request: Request, state: Annotated[AppState, Depends(app_state)]) -> Response:
     """Answer a conversation; `stream` decides how."""
@@ -170,6 +168,12 @@ class EventStream(Response):
             await while_connected(receive, self._send_all(send, record))
         except ClientGoneError:
             record.status = CLIENT_CLOSED_REQUEST
+        except asyncio.CancelledError:  # the server is told to stop at once
+            if record.status is None:
+                raise  # `RequestLog` answers
+            record.facts["error"] = "shutdown"
+            await self._send_event(send, server_sent_event(error_body(ServiceError(STOPPING))))
+            await send({"type": "http.response.body", "body": b""})
 
     async def _send_all(self, send: Send, record: RequestRecord) -> None:
         """A failure midway is an event of its own, in the error form, and the last."""

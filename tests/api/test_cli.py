@@ -58,7 +58,7 @@ def test_a_port_in_use_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFi
     captured = capsys.readouterr()
     assert f"Cannot listen on 127.0.0.1 port {port}: Address already in use." in captured.err
     assert "choose another --host or --port" in captured.err
-    assert captured.out == ""
+    assert captured.out == "Starting vlm-serve 0.1.0 …\n"
 
 
 def test_a_setting_without_meaning_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ REFUSED = {
     ),
     "temperature as text": ({"temperature": SECRET}, "temperature", "temperature"),
     "temperature too high": ({"temperature": 3}, "between 0 and 2", "temperature"),
-    "max_tokens zero": ({"max_tokens": 0}, "at least 1", "max_tokens"),
+    "max_tokens zero": ({"max_tokens": 0}, "greater than or equal to 1", "max_tokens"),
     "max_tokens as a fraction": ({"max_tokens": 1.5}, "max_tokens", "max_tokens"),
     "two limits": ({"max_tokens": 3, "max_completion_tokens": 4}, "Send one of them", "max_tokens"),
     "stop that is empty": ({"stop": [""]}, "stop string", "stop"),

@@ -12,7 +12,7 @@ from api.app import create_app
 from api.cli import main
 from api.cli.files import honours_proxy
 from api.request_log import STOPPING, RequestLog
-from tests.api.conftest import Scripted, text_body
+from tests.api.conftest import Scripted, image_body, text_body
 from tests.api.running import as_is, running
 from tests.api.scripted import ScriptedLLM
 from vlm_serve.config import ServerConfig
@@ -62,6 +62,36 @@ def test_every_reference_of_the_openapi_document_resolves(scripted: Scripted) ->
         node = document
         for name in reference.removeprefix("#/").split("/"):
             node = node[name]
+
+
+def test_the_openapi_document_says_what_an_answer_has(scripted: Scripted) -> None:
+    document = scripted.http.get("/openapi.json").json()
+    responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert not any(
+        "422" in operation["responses"] for path in document["paths"].values() for operation in path.values()
+    )
+    schemas = document["components"]["schemas"]
+    whole = scripted.http.post("/v1/chat/completions", json=image_body()).json()
+    assert set(whole) == set(schemas["ChatCompletion"]["properties"])
+    assert set(whole["choices"][0]) == set(schemas["ChatCompletion"]["properties"]["choices"]["items"]["properties"])
+    assert set(whole["usage"]) == set(schemas["Usage"]["properties"])
+    assert set(whole["x_vlm_serve"]) == set(schemas["AboutImages"]["properties"])
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    lines = scripted.http.post("/v1/chat/completions", json=image_body(**stream)).text.split("\n\n")
+    first = json.loads(lines[0].removeprefix("data: "))
+    assert set(first) == set(schemas["ChatCompletionChunk"]["properties"])
+    error = scripted.chat(top_k="x").json()
+    assert set(error["error"]) == set(schemas["Error"]["properties"]["error"]["properties"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"max_tokens": 2**31 - 1}, {"top_k": -1}, {"top_k": 2**31 - 1}, {"seed": -(2**63)}, {"seed": 2**64 - 1}],
+    ids=str,
+)
+def test_the_largest_numbers_of_each_field_are_taken(scripted: Scripted, fields: dict[str, int]) -> None:
+    assert scripted.chat(**fields).status_code == 200
 
 
 @pytest.mark.parametrize("asked", [True, False])
