@@ -27,7 +27,7 @@ from vlm_serve.types import ChatInput, ChatMessage, FinishReason, ImagePart, Tex
 
 pytestmark = pytest.mark.anyio
 
-LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 
 
 def png(seed: int) -> bytes:
@@ -84,14 +84,18 @@ async def drain(run) -> None:
         pass
 
 
+async def until(llm: AsyncLLM, *, running: int, waiting: int) -> None:
+    """Asks the engine until it holds this many requests."""
+    async with asyncio.timeout(30):
+        while (llm.stats.num_requests_running, llm.stats.num_requests_waiting) != (running, waiting):
+            await llm.check_health()
+
+
 async def until_idle(llm: AsyncLLM) -> None:
     """Asks the engine until it holds nothing."""
-    async with asyncio.timeout(30):
-        while True:
-            await llm.check_health()
-            if llm.stats.num_requests_running == llm.stats.num_requests_waiting == 0:
-                assert llm.stats.kv_blocks_used == 0
-                return
+    await llm.check_health()  # what it told last may be older than what was sent
+    await until(llm, running=0, waiting=0)
+    assert llm.stats.kv_blocks_used == 0
 
 
 async def test_the_process_answers_as_the_offline_class_does(served, llm):
@@ -136,8 +140,7 @@ async def test_a_client_that_leaves_while_it_is_queued_or_in_ingest_gives_everyt
     await asyncio.sleep(0)
     in_ingest.cancel()
     queued = await llm.chat(conversation(), model="chest", sampling=LONG, request_id="q")
-    await llm.check_health()
-    assert llm.stats.num_requests_waiting == 1
+    await until(llm, running=4, waiting=1)
     await queued.aclose()
     for run in runs:
         await run.aclose()
