@@ -4,6 +4,7 @@
 #   make test        the tests (minutes); make test-all adds the exhaustive tier
 #   make lint        formatter, linter, strict types
 #   make serve       a server on port 8000; ARGS='--model PATH --port 9000'
+#   make train-demo  trains the embedded model anew and scores it (half an hour on two cores)
 #   make bench       load against a server of its own, results under benchmarks/results/
 #   make gpu-check   on a CUDA machine: kernels, parity and the benchmark
 #
@@ -22,7 +23,7 @@ STAMP := $(VENV)/.set-up
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-all lint serve bench gpu-check clean
+.PHONY: setup demo test test-all lint serve bench train-demo gpu-check clean
 
 setup: $(STAMP)
 
@@ -60,6 +61,9 @@ lint: setup
 
 serve: setup
 	$(VENV)/bin/vlm-serve serve $(ARGS)
+
+train-demo: setup
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m scripts.train_demo $(ARGS)
 
 bench: setup
 	@mkdir -p $(RESULTS)

@@ -1,4 +1,5 @@
-"""Makes the sample files from the test files of the packages `pydicom` and `pydicom-data`.
+"""Makes the sample files: real images from the test files of the packages `pydicom` and `pydicom-data`, and three
+simulated studies, drawn from seeds.
 
     python sample_data/make.py
 
@@ -12,6 +13,7 @@ import warnings
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.data import get_testdata_file
@@ -19,7 +21,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import generate_uid
 
 from vlm_serve.clinical.decode import decode
+from vlm_serve.clinical.simulated import write_simulated
 from vlm_serve.config import DecodeLimits
+from vlm_serve.training.studies.sections import head_ct
+from vlm_serve.training.studies.simulate import as_image, chest_film, leg_film
 
 HERE = Path(__file__).parent
 
@@ -79,8 +84,26 @@ def make_pictures(name: str, dicom: bytes) -> None:
     picture.save(HERE / f"{name}.jpg", quality=90)
 
 
+SIMULATED = {
+    "simulated_chest": (chest_film, "pneumothorax", 107),
+    "simulated_head_ct": (head_ct, "haemorrhage", 108),
+    "simulated_legs": (leg_film, "fracture", 103),
+}
+"""By these seeds all three are phantoms: nobody's body is in them."""
+
+
+def make_simulated(name: str) -> bytes:
+    maker, finding, seed = SIMULATED[name]
+    picture = maker(np.random.default_rng(seed), "test", finding=finding)
+    assert picture.truth.source.startswith("phantom")
+    print(f"{name}: {picture.truth}")
+    return write_simulated(as_image(picture), name)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
+    for name in SIMULATED:
+        (HERE / f"{name}.dcm").write_bytes(make_simulated(name))
     for name, source in SOURCES.items():
         data = make_dicom(name, source)
         (HERE / f"{name}.dcm").write_bytes(data)

@@ -1,4 +1,4 @@
-"""`make demo`: the server with its embedded model, a real radiograph, a streamed answer, a medical question.
+"""`make demo`: the server with its embedded model and adapter, three studies and a draft of each, a follow-up.
 
 What it sends is what any OpenAI client would send; see README.md for the same in curl and Python.
 """
@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).parent.parent
-RADIOGRAPH = ROOT / "sample_data" / "chest_radiograph.dcm"
-
+STUDIES = ("simulated_chest.dcm", "simulated_head_ct.dcm", "simulated_legs.dcm")
+QUESTION = "Write a draft report of this study."
 
 START_SECONDS = 600
 """The first start fetches and converts the model."""
@@ -29,17 +29,23 @@ START_SECONDS = 600
 def main() -> None:
     began = time.perf_counter()
     with running_server() as url:
-        heading(f"A chest radiograph, {RADIOGRAPH.stat().st_size / 1e6:.1f} MB of DICOM, and a question")
-        dicom = base64.b64encode(RADIOGRAPH.read_bytes()).decode()
-        ask(
-            url,
-            [
-                {"type": "image_url", "image_url": {"url": f"data:application/dicom;base64,{dicom}"}},
-                {"type": "text", "text": "Describe the findings in this radiograph."},
-            ],
-        )
-        heading("A medical question")
-        ask(url, "What is a pneumothorax? Answer in two sentences.")
+        conversation = []
+        for name in STUDIES:
+            data = (ROOT / "sample_data" / name).read_bytes()
+            conversation = [{"role": "user", "content": study(data, QUESTION)}]
+            heading(f"{name}, {len(data) / 1e3:.0f} kB of DICOM: {QUESTION}")
+            say("the adapter, radiology")
+            answer = ask(url, "radiology", conversation)
+            say("the base model, demo")
+            ask(url, "demo", conversation, about=False)
+        heading("A follow-up on the last image: it is in the cache, nothing is encoded again")
+        conversation += [
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "Which side is abnormal?"},
+        ]
+        ask(url, "radiology", conversation, about=False)
+        heading("A medical question to the base model: plain chat")
+        ask(url, "demo", [{"role": "user", "content": "What is a pneumothorax? Answer in two sentences."}])
     print(f"\nDemo done in {time.perf_counter() - began:.0f} s. A server of your own: make serve")
 
 
@@ -81,18 +87,24 @@ def wait_until_healthy(server: subprocess.Popen[bytes], url: str, seconds: float
     return f"The server was not up after {seconds:.0f} s. `vlm-serve serve` shows where it stays."
 
 
-def ask(url: str, content: str | list[dict[str, Any]]) -> None:
-    """Streams one answer to the terminal, then what the server says about it."""
+def study(dicom: bytes, question: str) -> list[dict[str, Any]]:
+    """The content parts of a question about one DICOM file."""
+    url = f"data:application/dicom;base64,{base64.b64encode(dicom).decode()}"
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+
+
+def ask(url: str, model: str, messages: list[dict[str, Any]], *, about: bool = True) -> str:
+    """Streams one answer to the terminal, then what the server says about it; the answer."""
     body = {
-        "model": "demo",
-        "messages": [{"role": "user", "content": content}],
+        "model": model,
+        "messages": messages,
         "max_tokens": 96,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     asked = time.perf_counter()
-    first, about, usage = None, None, {}
+    first, facts, usage, said = None, None, {}, []
     with (
         httpx.Client(trust_env=False, timeout=300) as client,
         client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
@@ -105,19 +117,26 @@ def ask(url: str, content: str | list[dict[str, Any]]) -> None:
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
                 sys.exit(f"\n{event['error']['message']}")
-            about = event.get("x_vlm_serve", about)
+            facts = event.get("x_vlm_serve", facts)
             usage = event.get("usage") or usage
             for choice in event["choices"]:
                 if text := choice["delta"].get("content"):
                     first = first or time.perf_counter() - asked
+                    said.append(text)
                     print(text, end="", flush=True)
     seconds = time.perf_counter() - asked
+    cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
     print(
-        f"\n\n[{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out, "
+        f"\n[{usage['prompt_tokens']} tokens in, {cached} of them from the cache, {usage['completion_tokens']} out, "
         f"first after {first or seconds:.2f} s, all after {seconds:.2f} s]"
     )
-    if about:
-        print("x_vlm_serve:", json.dumps(about, indent=2))
+    if about and facts:
+        print("x_vlm_serve:", json.dumps(facts, indent=2))
+    return "".join(said)
+
+
+def say(text: str) -> None:
+    print(f"\n{text}:", flush=True)
 
 
 def heading(text: str) -> None:

@@ -25,6 +25,7 @@ FLOORS: dict[str, int] = {
     "vlm_serve.config": 1,
     "vlm_serve.errors": 1,
     "vlm_serve.digests": 1,
+    "vlm_serve.downloads": 1,
 }
 """The table of the design. Units of one floor do not import each other, but for the ground floor's nouns."""
 

@@ -1,5 +1,6 @@
 """`vlm-serve`: the composition root. Each subcommand is a module, imported when it is asked for."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,6 +37,17 @@ def _command(name: str) -> "Callable[..., int]":
         from api.cli.inspect_dicom import inspect_dicom
 
         return inspect_dicom
+    if name == "evaluate":
+        from api.cli.evaluate import evaluate
+
+        return evaluate
+    if name == "train-adapter":
+        # Before torch is loaded: beside other work OpenMP's waiting threads would take the cores that they wait for,
+        # and training last five times as long.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from api.cli.train_adapter import train
+
+        return train
     from api.cli.bench import bench
 
     return bench

@@ -13,6 +13,8 @@ examples:
   vlm-serve chat --image chest.dcm "Describe this radiograph."
   vlm-serve inspect-dicom chest.dcm            how a file would be shown to a model
   vlm-serve bench                              what this machine can do
+  vlm-serve evaluate --data studies --model radiology    drafts scored against reports
+  vlm-serve train-adapter --data train.jsonl --out adapters/thorax    from reports of your own
 """,
     "serve": """\
 examples:
@@ -44,6 +46,28 @@ examples:
   vlm-serve bench                              starts a server of its own
   vlm-serve bench --url http://localhost:8000 --out result.json
   vlm-serve bench --concurrency 1,8,32 --requests 32 --max-tokens 64
+""",
+    "evaluate": """\
+examples:
+  vlm-serve evaluate --data studies --adapters adapters --model radiology    starts a server of its own
+  vlm-serve evaluate --data studies --model radiology --url http://localhost:8000
+  vlm-serve evaluate --data studies --model radiology --blank --out blanked    the control: no picture to see
+  vlm-serve evaluate --data dev.jsonl --base ~/models/llava --limit 50         a base model alone
+
+a folder of --data holds test.jsonl, one study a line, paths relative to it:
+  {"id": "0001", "images": ["0001.dcm"], "report": "FINDINGS: … IMPRESSION: …"}
+""",
+    "train-adapter": """\
+examples:
+  vlm-serve train-adapter --data studies/train.jsonl --out adapters/thorax
+  vlm-serve train-adapter --data train.jsonl --held-out test.jsonl --out adapters/thorax --epochs 5
+  vlm-serve train-adapter --data train.jsonl --out adapters/thorax --model ~/models/llava-1.5-7b --device cuda
+
+train.jsonl holds one study a line, DICOM, PNG or JPEG files by paths relative to it:
+  {"id": "0001", "images": ["0001.dcm"], "report": "FINDINGS: … IMPRESSION: …"}
+  {"id": "0002", "images": ["a.png", "b.png"], "prompt": "Compare.", "report": "…"}
+It trains a LoRA on the decoder; the base model, which all departments share, stays as it is. A run that was cut off
+goes on when the same command is given again.
 """,
 }
 
@@ -79,6 +103,21 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     bench.add_argument("--max-tokens", type=int, default=32, help="length of each answer (default: 32)")
     bench.add_argument("--out", type=Path, metavar="FILE", help="write each request's times as JSON")
     _add_model(bench)
+
+    evaluate = _parser(commands, "evaluate", "Score a model's drafts against the reports of studies.")
+    evaluate.add_argument("--data", required=True, type=Path, metavar="PATH", help="a JSONL file, or its folder")
+    evaluate.add_argument("--model", metavar="NAME", help="the adapter or base model to ask (default: the base model)")
+    evaluate.add_argument("--url", help="a running server; without it one is started")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N studies (default: all)")
+    evaluate.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (default: 8)")
+    evaluate.add_argument("--max-tokens", type=int, default=256, help="length of a draft (default: 256)")
+    evaluate.add_argument("--blank", action="store_true", help="send a grey picture in place of each image")
+    evaluate.add_argument("--keep-drafts", action="store_true", help="write the drafts' texts into scores.json too")
+    evaluate.add_argument(
+        "--out", type=Path, default=Path("evaluation"), metavar="DIR", help="for the results (default: evaluation)"
+    )
+    _add_model(evaluate, checkpoint_flag="base")
+    _add_training(_parser(commands, "train-adapter", "Train an adapter on studies and reports of your own."))
     return parser
 
 
@@ -91,9 +130,9 @@ def _parser(
     return commands.add_parser(name, help=text, description=text, epilog=EXAMPLES[name], formatter_class=formatter)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, checkpoint_flag: str = "model") -> None:
     group = parser.add_argument_group("model and engine")
-    _add_setting(group, "model.model", "demo, or the folder of a checkpoint (default: demo)")
+    _add_setting(group, "model.model", "demo, or the folder of a checkpoint (default: demo)", checkpoint_flag)
     _add_setting(group, "model.adapters", "a folder of PEFT adapter folders, each served under its name")
     _add_setting(group, "model.dtype", "auto, float32, bfloat16 or float16 (default: auto)")
     _add_setting(group, "model.device", "auto, cpu or cuda (default: auto)")
@@ -104,15 +143,41 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML; flags and VLM_SERVE_* go first")
 
 
+def _add_training(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--data", required=True, type=Path, metavar="FILE", help="the studies, as JSONL")
+    train.add_argument("--out", required=True, type=Path, metavar="DIR", help="the adapter's folder, named as it is")
+    train.add_argument(
+        "--held-out", default="0.1", metavar="SHARE|FILE", help="what it is scored on: a share, or JSONL (default: 0.1)"
+    )
+    train.add_argument("--epochs", type=int, default=3, metavar="N", help="times through the studies (default: 3)")
+    train.add_argument("--max-steps", type=int, metavar="N", help="end after N batches (default: all epochs)")
+    train.add_argument("--batch-size", type=int, default=8, metavar="N", help="studies in a batch (default: 8)")
+    train.add_argument("--rank", type=int, default=16, metavar="N", help="of the LoRA; alpha is twice it (default: 16)")
+    train.add_argument("--learning-rate", type=float, default=5e-4, metavar="RATE", help="the highest (default: 5e-4)")
+    train.add_argument("--dropout", type=float, default=0.0, metavar="SHARE", help="of the LoRA (default: 0)")
+    train.add_argument("--seed", type=int, default=0, help="of the split, the order and the first weights (default: 0)")
+    train.add_argument(
+        "--score", type=int, default=50, metavar="N", help="held-out studies to write drafts of (default: 50)"
+    )
+    train.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep features and checkpoint here (default: beside --out, removed)"
+    )
+    group = train.add_argument_group("model")
+    _add_setting(group, "model.model", "demo, or the folder of a checkpoint (default: demo)")
+    _add_setting(group, "model.dtype", "auto, float32 or bfloat16 (default: auto)")
+    _add_setting(group, "model.device", "auto, cpu or cuda (default: auto)")
+    group.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML; flags and VLM_SERVE_* go first")
+
+
 def _add_server(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     _add_setting(group, "server.host", "address to listen on (default: 127.0.0.1, this machine alone)")
     _add_setting(group, "server.port", "port to listen on; 0 takes a free one (default: 8000)")
 
 
-def _add_setting(group: "argparse._ArgumentGroup", name: str, text: str) -> None:
+def _add_setting(group: "argparse._ArgumentGroup", name: str, text: str, flag: str | None = None) -> None:
     """`engine.max_num_seqs` as `--max-num-seqs`; its value is parsed with those of environment and file."""
-    flag = name.rpartition(".")[2].replace("_", "-")
+    flag = flag or name.rpartition(".")[2].replace("_", "-")
     group.add_argument(f"--{flag}", dest=name, default=argparse.SUPPRESS, metavar=flag.upper(), help=text)
 
 

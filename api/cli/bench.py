@@ -6,17 +6,14 @@ length. Images are made before the clock starts.
 
 import argparse
 import asyncio
-import contextlib
 import io
 import json
 import os
 import platform
 import re
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, pairwise
@@ -29,14 +26,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from api.cli.arguments import given_settings
-from api.cli.files import data_url, honours_proxy
+from api.cli.files import data_url
+from api.cli.own_server import connect, served_models
 from vlm_serve import __version__
 from vlm_serve.errors import InvalidRequestError, ServiceError
 from vlm_serve.types import ImagePart, JsonObject
 
 QUESTION = "Study number {number}. Describe the findings of this study in complete sentences, then give an impression."
-START_TIMEOUT = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,58 +95,18 @@ async def _bench(
     arguments: argparse.Namespace, levels: tuple[int, ...], console: Console
 ) -> tuple[list[RunResult], JsonObject]:
     results = []
-    async with _server(arguments, console) as url:
-        limits = httpx.Limits(max_connections=None)
-        trust = honours_proxy(url)
-        async with httpx.AsyncClient(base_url=url, timeout=START_TIMEOUT, limits=limits, trust_env=trust) as client:
-            model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]
-            load = _Load(client, model["id"], arguments.max_tokens)
-            workloads = ("text", "image") if model["max_tokens_per_image"] else ("text",)
-            with Progress(console=console, transient=True) as progress:
-                for workload in workloads:
-                    await load.run(workload, 1, 1, lambda: None)  # kernels are built and memory is touched
-                    for level in levels:
-                        requests = arguments.requests or 4 * level
-                        task = progress.add_task(f"{workload}, {level} at once", total=requests)
-                        results.append(await load.run(workload, level, requests, partial(progress.advance, task)))
+    async with connect(arguments, console) as client:
+        model = (await served_models(client))[0]
+        load = _Load(client, model["id"], arguments.max_tokens)
+        workloads = ("text", "image") if model["max_tokens_per_image"] else ("text",)
+        with Progress(console=console, transient=True) as progress:
+            for workload in workloads:
+                await load.run(workload, 1, 1, lambda: None)  # kernels are built and memory is touched
+                for level in levels:
+                    requests = arguments.requests or 4 * level
+                    task = progress.add_task(f"{workload}, {level} at once", total=requests)
+                    results.append(await load.run(workload, level, requests, partial(progress.advance, task)))
     return results, model
-
-
-@contextlib.asynccontextmanager
-async def _server(arguments: argparse.Namespace, console: Console) -> AsyncIterator[str]:
-    """The URL of the server to measure: the one named, or one started for the purpose on a free port."""
-    if arguments.url is not None:
-        yield arguments.url.removesuffix("/").removesuffix("/v1")
-        return
-    flags = [word for name, value in given_settings(arguments).items() for word in (_flag(name), str(value))]
-    config = ["--config", str(arguments.config)] if arguments.config else []
-    command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", *flags, *config]
-    with tempfile.TemporaryFile() as log:  # a line for each request, which nobody wants to read here
-        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log)
-        try:
-            url = await _url_of(process, console)
-            if url is None:
-                log.seek(0)
-                raise ServiceError(f"The server did not start. {log.read().decode().strip()}")
-            yield url
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            await process.communicate()
-
-
-def _flag(name: str) -> str:
-    return "--" + name.rpartition(".")[2].replace("_", "-")
-
-
-async def _url_of(process: asyncio.subprocess.Process, console: Console) -> str | None:
-    """Passes the start-up's phases on until the line that says where the server is; None if it ended instead."""
-    assert process.stdout is not None
-    while line := (await process.stdout.readline()).decode():
-        if line.startswith("Ready at "):
-            return line.split()[2].rstrip(".")
-        console.print(line.rstrip(), markup=False, soft_wrap=True)
-    return None
 
 
 class _Load:
@@ -238,7 +194,7 @@ def _print_table(results: list[RunResult], console: Console) -> None:
 def _write(path: Path, results: list[RunResult], model: JsonObject, max_tokens: int) -> None:
     content = {
         "vlm_serve": __version__,
-        "machine": {"processor": _processor(), "system": platform.platform()},
+        "machine": {"processor": processor(), "system": platform.platform()},
         "model": {name: model[name] for name in ("id", "digest", "max_model_len")},
         "max_tokens": max_tokens,
         "summary": [result.summary() for result in results],
@@ -247,7 +203,7 @@ def _write(path: Path, results: list[RunResult], model: JsonObject, max_tokens: 
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name as the kernel gives it, and how many of them this process may use."""
     names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} in use"

@@ -22,6 +22,9 @@ from vlm_serve.errors import ConfigurationError
 PREFIX = "VLM_SERVE_"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+SHIPPED_ADAPTER = Path(__file__).parent.parent.parent / "adapters" / "radiology"
+"""That of the embedded default, in a clone of the repository: served with it where no others are asked for."""
+
 _UNITS = {"": 1, "b": 1, "kib": 1024, "mib": MIB, "gib": GIB, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -121,6 +124,9 @@ def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file
     for name, value in flags.items():
         values[name] = _parse(table[name], value, "--" + name.rpartition(".")[2].replace("_", "-"))
     settings: Settings = _with_values(Settings(), values)
+    shipped = (SHIPPED_ADAPTER / "adapter_config.json").is_file()
+    if shipped and settings.model.model == "demo" and settings.model.adapters is None:
+        settings = replace(settings, model=replace(settings.model, adapters=SHIPPED_ADAPTER))
     _check(settings)
     return settings
 

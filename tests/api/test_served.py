@@ -1,33 +1,24 @@
 """The whole way over HTTP: a real tiny model in its engine process, real files, the official client."""
 
 import base64
-import contextlib
 import io
 import json
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
-import torch
-from fastapi import FastAPI
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from api.app import create_app
 from api.cli import main
-from tests.api.running import connect, read_until, running
-from tests.checkpoints import make_llava
-from vlm_serve.config import EngineConfig, IngestConfig, ModelConfig, Settings
-from vlm_serve.serving.async_llm import AsyncLLM
+from tests.api.conftest import Served
+from tests.api.running import connect, read_until
 
 CT = str(get_testdata_file("CT_small.dcm"))
 """pydicom's own CT slice: 128 × 128, signed 16 bits."""
@@ -56,55 +47,6 @@ def dicom_part(data: bytes) -> dict[str, Any]:
 
 def asking(*parts: dict[str, Any], text: str = QUESTION) -> Any:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-@dataclass(frozen=True)
-class Served:
-    url: str
-    folder: Path
-    adapters: Path
-    client: openai.OpenAI
-
-    def ask(self, messages: Any, *, model: str = "tiny", max_tokens: int = 8, **fields: Any) -> Any:
-        return self.client.chat.completions.create(
-            model=model, messages=messages, max_tokens=max_tokens, temperature=0, **fields
-        )
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny LLaVA checkpoint and a directory with one adapter for it, `thorax`."""
-    folder, adapters = tmp_path_factory.mktemp("models") / "tiny", tmp_path_factory.mktemp("adapters")
-    model = make_llava(folder)
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
-    adapted = get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.3 * torch.randn_like(parameter)
-    adapted.save_pretrained(adapters / "thorax")
-    return folder, adapters
-
-
-@pytest.fixture(scope="session")
-def served(checkpoint: tuple[Path, Path]) -> Iterator[Served]:
-    folder, adapters = checkpoint
-    settings = Settings(
-        model=ModelConfig(model=str(folder), adapters=adapters, dtype="float32", device="cpu"),
-        engine=EngineConfig(max_model_len=512, kv_cache_memory=4 * 1024**2),
-        ingest=IngestConfig(workers=1),
-    )
-
-    @contextlib.asynccontextmanager
-    async def make_app() -> AsyncIterator[FastAPI]:
-        llm = await AsyncLLM.start(settings)
-        try:
-            yield create_app(llm, settings.server)
-        finally:
-            await llm.close()
-
-    with running(make_app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield Served(url, folder, adapters, client)
 
 
 def test_the_official_client_lists_the_base_and_its_adapter(served: Served) -> None:

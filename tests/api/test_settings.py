@@ -1,12 +1,14 @@
 """Settings: one name in flags, environment and file, in that order, and an error that says what to mend."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from api.cli.settings import load_settings, parse_size, settings_table
+from api.cli.settings import SHIPPED_ADAPTER, load_settings, parse_size, settings_table
 from vlm_serve.config import GIB, MIB, Settings
 from vlm_serve.errors import ConfigurationError
+from vlm_serve.lora.store import AdapterStore
 
 
 @pytest.fixture
@@ -22,6 +24,23 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_without_anything_the_defaults_hold() -> None:
+    settings = load_settings({}, {})
+    assert replace(settings, model=replace(settings.model, adapters=None)) == Settings()
+
+
+@pytest.mark.parametrize("environment", [{}, {"VLM_SERVE_MODEL": "demo"}])
+def test_the_embedded_default_brings_its_adapter(environment: dict[str, str]) -> None:
+    assert load_settings({}, environment).model.adapters == SHIPPED_ADAPTER
+    assert [adapter.name for adapter in AdapterStore(SHIPPED_ADAPTER).adapters] == ["radiology"]
+
+
+def test_another_model_and_a_choice_of_adapters_go_without_it(tmp_path: Path) -> None:
+    assert load_settings({"model.model": str(tmp_path)}, {}).model.adapters is None
+    assert load_settings({"model.adapters": str(tmp_path)}, {}).model.adapters == tmp_path
+
+
+def test_where_no_adapter_is_shipped_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.cli.settings.SHIPPED_ADAPTER", tmp_path)
     assert load_settings({}, {}) == Settings()
 
 

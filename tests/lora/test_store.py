@@ -22,6 +22,12 @@ def test_each_folder_with_a_config_is_an_adapter_named_after_it(tmp_path):
     assert [adapter.name for adapter in AdapterStore(tmp_path).adapters] == ["chest", "neuro"]
 
 
+def test_a_folder_that_is_an_adapter_itself_is_the_only_one(tmp_path):
+    write(tmp_path / "chest", b"1")
+    write(tmp_path / "chest" / "older", b"2")
+    assert [adapter.name for adapter in AdapterStore(tmp_path / "chest").adapters] == ["chest"]
+
+
 def test_the_digest_is_of_the_files_not_of_the_name(tmp_path):
     for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         write(tmp_path / name, weights)

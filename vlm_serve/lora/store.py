@@ -22,7 +22,9 @@ class AdapterFolder:
 
 
 class AdapterStore:
-    """The adapters under one directory: each folder with an `adapter_config.json`, named after the folder."""
+    """The adapters under one directory: each folder with an `adapter_config.json`, named after the folder; or the one
+    adapter that the directory itself is.
+    """
 
     def __init__(self, directory: Path | None) -> None:
         """Raises:
@@ -33,8 +35,8 @@ class AdapterStore:
             return
         if not directory.is_dir():
             raise AdapterError(f"The adapters directory {directory} does not exist. Create it or drop --adapters.")
-        for config in sorted(directory.glob(f"*/{CONFIG_FILE}")):
-            folder = config.parent
+        itself = [directory.resolve()] if (directory / CONFIG_FILE).is_file() else []
+        for folder in itself or sorted(config.parent for config in directory.glob(f"*/{CONFIG_FILE}")):
             digest = folder_digest(folder, (CONFIG_FILE, WEIGHTS_FILE))
             self._by_name[folder.name] = AdapterFolder(folder.name, folder, digest)
 
