@@ -1,6 +1,6 @@
 # Everything a newcomer needs, one word each. `make setup` runs by itself before the others.
 #
-#   make demo        the embedded model answers on a real radiograph
+#   make demo        the embedded model and its adapter report three studies
 #   make test        the tests (minutes); make test-all adds the exhaustive tier
 #   make lint        formatter, linter, strict types
 #   make serve       a server on port 8000; ARGS='--model PATH --port 9000'

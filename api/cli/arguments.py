@@ -19,7 +19,7 @@ examples:
     "serve": """\
 examples:
   vlm-serve serve
-  vlm-serve serve --model ~/models/llava-1.5-7b --adapters adapters --port 9000
+  vlm-serve serve --model ~/models/llava-1.5-7b --adapters ~/adapters --port 9000
   vlm-serve serve --kv-cache-memory 8GiB --max-model-len 4096 --max-num-seqs 32
   vlm-serve serve --config vlm-serve.yaml      # flags go before VLM_SERVE_* before the file
 
@@ -49,7 +49,7 @@ examples:
 """,
     "evaluate": """\
 examples:
-  vlm-serve evaluate --data studies --adapters adapters --model radiology    starts a server of its own
+  vlm-serve evaluate --data studies --model radiology    starts a server of its own
   vlm-serve evaluate --data studies --model radiology --url http://localhost:8000
   vlm-serve evaluate --data studies --model radiology --blank --out blanked    the control: no picture to see
   vlm-serve evaluate --data dev.jsonl --base ~/models/llava --limit 50         a base model alone
@@ -61,7 +61,7 @@ a folder of --data holds test.jsonl, one study a line, paths relative to it:
 examples:
   vlm-serve train-adapter --data studies/train.jsonl --out adapters/thorax
   vlm-serve train-adapter --data train.jsonl --held-out test.jsonl --out adapters/thorax --epochs 5
-  vlm-serve train-adapter --data train.jsonl --out adapters/thorax --model ~/models/llava-1.5-7b --device cuda
+  vlm-serve train-adapter --data train.jsonl --out ~/adapters/thorax --model ~/models/llava-1.5-7b --device cuda
 
 train.jsonl holds one study a line, DICOM, PNG or JPEG files by paths relative to it:
   {"id": "0001", "images": ["0001.dcm"], "report": "FINDINGS: … IMPRESSION: …"}

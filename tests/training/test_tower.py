@@ -86,10 +86,21 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path: Path) -> No
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(again).items())
 
 
-def test_a_checkpoint_of_other_pictures_is_not_taken_up(tmp_path: Path) -> None:
+class Counting(Silent):
+    """Counts the steps that are taken."""
+
+    steps = 0
+
+    def advance(self, steps: int = 1) -> None:
+        self.steps += steps
+
+
+@pytest.mark.parametrize(("seed", "steps"), [(0, 0), (5, 4)], ids=["the same pictures", "others"])
+def test_a_checkpoint_is_taken_up_for_the_same_pictures_alone(tmp_path: Path, seed: int, steps: int) -> None:
     train_tower(tower(), pictures(32), pictures(16), CONFIG, tmp_path, Silent())
-    history = train_tower(tower(), pictures(32, 5), pictures(16), replace(CONFIG, epochs=1), tmp_path, Silent())
-    assert len(history) == 1
+    counting = Counting()
+    train_tower(tower(), pictures(32, seed), pictures(16), CONFIG, tmp_path, counting)
+    assert counting.steps == steps
 
 
 def test_a_mirrored_picture_has_its_side_exchanged_and_its_mask_mirrored() -> None:

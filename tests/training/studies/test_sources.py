@@ -54,7 +54,7 @@ def test_gas_below_the_lungs_is_no_lung() -> None:
     lungs, without = chest_section(), chest_section(lung=0)
     bowel = without.copy()
     bowel[50:60, 30:45] = -900
-    volume = Volume("x", "CT", "axial", np.stack([lungs] * 6 + [without] * 2 + [bowel] * 3), (5.0, 3.0, 3.0), "none")
+    volume = Volume("x", "CT", "axial", np.stack([lungs] * 6 + [without] * 2 + [bowel] * 3), (5.0, 3.0, 3.0))
     right, left = lung_masks(volume)
     assert right[:6].any(axis=(1, 2)).all()
     assert left[:6].any(axis=(1, 2)).all()

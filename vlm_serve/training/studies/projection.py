@@ -85,7 +85,7 @@ def _resampled(name: str) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     volume = healthy_chest(name)
     factors = [spacing / VOXEL_MM for spacing in volume.spacing]
     hu = zoom(volume.voxels.astype(np.float32), factors, order=1)
-    cubes = Volume(name, volume.modality, volume.plane, hu.astype(np.int16), (VOXEL_MM,) * 3, volume.licence)
+    cubes = Volume(name, volume.modality, volume.plane, hu.astype(np.int16), (VOXEL_MM,) * 3)
     right, left = (gaussian_filter(lung.astype(np.float32), 0.5) for lung in lung_masks(cubes))
     return hu, (right, left)
 

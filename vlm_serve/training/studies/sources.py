@@ -50,7 +50,6 @@ class Volume:
     plane: str
     voxels: np.ndarray
     spacing: Spacing
-    licence: str
 
 
 _RIDER = Package(
@@ -124,9 +123,7 @@ def read_volume(name: str) -> Volume:
                 draft.replace(kept)
     with np.load(kept) as arrays:
         rows = arrays["spacing"].tolist()
-        return Volume(
-            name, source.modality, source.plane, arrays["voxels"], (rows[0], rows[1], rows[2]), source.licence
-        )
+        return Volume(name, source.modality, source.plane, arrays["voxels"], (rows[0], rows[1], rows[2]))
 
 
 def _decode(source: Source) -> tuple[np.ndarray, Spacing]:
