@@ -40,7 +40,7 @@ Maker = Callable[[np.random.Generator, str], Picture]
 class Counts:
     """Studies in each split."""
 
-    train: int = 2400
+    train: int = 3600
     validation: int = 240
     test: int = 240
 
