@@ -14,7 +14,7 @@ from rich.console import Console
 
 from api.cli.arguments import given_settings
 from api.cli.files import honours_proxy
-from vlm_serve.errors import ServiceError
+from vlm_serve.errors import ConfigurationError, ServiceError
 from vlm_serve.types import JsonObject
 
 TIMEOUT = 600.0
@@ -26,6 +26,7 @@ async def connect(arguments: argparse.Namespace, console: Console) -> AsyncItera
     """A client of the server that `arguments` ask for; one started here ends with the block.
 
     Raises:
+        ConfigurationError: settings are given for a server that runs already.
         ServiceError: it did not start.
     """
     async with _url(arguments, console) as url:
@@ -54,10 +55,15 @@ async def served_models(client: httpx.AsyncClient) -> list[JsonObject]:
 
 @contextlib.asynccontextmanager
 async def _url(arguments: argparse.Namespace, console: Console) -> AsyncIterator[str]:
+    settings = given_settings(arguments)
     if arguments.url is not None:
+        if settings or arguments.config:
+            raise ConfigurationError(
+                "--url names a server that runs already, with settings of its own: leave out the flags that set them."
+            )
         yield arguments.url.removesuffix("/").removesuffix("/v1")
         return
-    flags = [word for name, value in given_settings(arguments).items() for word in (_flag(name), str(value))]
+    flags = [word for name, value in settings.items() for word in (_flag(name), str(value))]
     config = ["--config", str(arguments.config)] if arguments.config else []
     command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", *flags, *config]
     with tempfile.TemporaryFile() as log:  # a line for each request, which nobody wants to read here

@@ -277,3 +277,13 @@ def test_without_a_server_one_is_started_with_the_base_and_the_adapters_named(
     assert main(["evaluate", *words, *settings]) == 0
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["weights"]["adapter"]["id"] == "thorax"
     assert "Starting vlm-serve" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["--adapters", "--base", "--config"])
+def test_settings_for_a_server_that_runs_already_are_refused(
+    scripted: Scripted, studies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    words = ["--data", str(studies), "--out", str(tmp_path / "out"), "--url", scripted.url, word, str(tmp_path)]
+    assert main(["evaluate", *words]) == 1
+    assert "--url names a server that runs already" in capsys.readouterr().err
+    assert scripted.llm.asked == []
