@@ -12,6 +12,8 @@ from tests.clinical.dicom_files import decoded
 FOLDER = Path(__file__).parents[2] / "sample_data"
 README = (FOLDER / "README.md").read_text()
 DICOM_FILES = sorted(FOLDER.glob("*.dcm"))
+SIMULATED = [path for path in DICOM_FILES if path.stem.startswith("simulated_")]
+REAL = [path for path in DICOM_FILES if path not in SIMULATED]
 IDENTIFYING = (
     *("PatientName", "PatientID", "PatientBirthDate", "StudyDate", "StudyTime", "AccessionNumber", "StudyID"),
     *("ReferringPhysicianName", "Manufacturer", "InstitutionName", "StationName"),
@@ -36,18 +38,27 @@ def test_no_sample_identifies_anybody(path: Path) -> None:
     assert not [keyword for keyword in IDENTIFYING if dataset.get(keyword)]
     assert dataset.PatientIdentityRemoved == "YES"
     names = [element.keyword for element in dataset.iterall() if element.VR in ("PN", "LT", "ST", "UT", "DA", "DT")]
-    assert all(not dataset.get(name) for name in names)
+    said = {str(dataset.get(name)) for name in names if dataset.get(name)}
+    assert said == ({"Simulated finding, for demonstration only"} if path in SIMULATED else set())
 
 
-@pytest.mark.parametrize("path", DICOM_FILES, ids=lambda path: path.stem)
-def test_no_sample_claims_what_its_source_does_not(path: Path) -> None:
+@pytest.mark.parametrize("path", SIMULATED, ids=lambda path: path.stem)
+def test_a_simulated_sample_says_that_it_is_one(path: Path) -> None:
+    dataset = pydicom.dcmread(path)
+    assert dataset.ImageType[0] == "DERIVED"
+    assert dataset.DeidentificationMethod == "Simulated study, of no patient"
+    assert dataset.BurnedInAnnotation == "NO"
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_no_real_sample_claims_what_its_source_does_not(path: Path) -> None:
     dataset = pydicom.dcmread(path)
     assert "BurnedInAnnotation" not in dataset
     assert all(spacing > 0 for spacing in dataset.get("PixelSpacing", ()))
 
 
-def test_the_samples_are_a_chest_and_a_limb_film_a_ct_and_an_mr_slice() -> None:
-    attributes = {path.stem: dict(decoded(path.read_bytes()).attributes) for path in DICOM_FILES}
+def test_the_real_samples_are_a_chest_and_a_limb_film_a_ct_and_an_mr_slice() -> None:
+    attributes = {path.stem: dict(decoded(path.read_bytes()).attributes) for path in REAL}
     assert attributes == {
         "abdomen_ct": {"Modality": "CT", "BodyPartExamined": "PANCREAS"},
         "chest_radiograph": {"Modality": "CR", "BodyPartExamined": "CHEST", "ViewPosition": "PA", "PatientSex": "F"},
@@ -59,4 +70,13 @@ def test_the_samples_are_a_chest_and_a_limb_film_a_ct_and_an_mr_slice() -> None:
             "PatientSex": "F",
         },
         "shoulder_mr": {"Modality": "MR", "PatientSex": "M"},
+    }
+
+
+def test_the_simulated_samples_are_a_chest_a_head_and_two_legs() -> None:
+    attributes = {path.stem: dict(decoded(path.read_bytes()).attributes) for path in SIMULATED}
+    assert attributes == {
+        "simulated_chest": {"Modality": "CR", "BodyPartExamined": "CHEST", "ViewPosition": "AP"},
+        "simulated_head_ct": {"Modality": "CT", "BodyPartExamined": "HEAD"},
+        "simulated_legs": {"Modality": "CR", "BodyPartExamined": "LEG", "ViewPosition": "AP"},
     }

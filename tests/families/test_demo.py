@@ -79,7 +79,7 @@ def test_text_survives_the_tokenizer(family: ModelFamily, text: str) -> None:
 
 
 @pytest.mark.demo
-def test_an_image_is_64_tokens_as_large_as_words(family: ModelFamily) -> None:
+def test_an_image_is_64_tokens_and_another_image_others(family: ModelFamily) -> None:
     model = family.build(torch.float32, torch.device("cpu"))
     ramp = np.linspace(0, 255, 300 * 200).reshape(300, 200, 1).repeat(3, axis=2).astype(np.uint8)
     chat = ChatInput((ChatMessage("user", (ImagePart(b"", ""), TextPart("What does it show?"))),))
@@ -87,9 +87,7 @@ def test_an_image_is_64_tokens_as_large_as_words(family: ModelFamily) -> None:
     prompt = family.render_chat(chat, [inputs])
     assert prompt.token_ids.count(49152) == inputs.num_tokens == family.max_tokens_per_image == 64
     (embeddings,) = model.encode_images([inputs])
-    words = model.decoder.embed_tokens.weight
     assert embeddings.shape == (64, 576)
-    assert 0.5 < embeddings.square().mean().sqrt() / words.square().mean().sqrt() < 1.5
     other = model.encode_images([family.process_image(picture())])[0]
     assert not torch.allclose(embeddings, other, atol=1e-2)
 
