@@ -55,7 +55,7 @@ def tower() -> TimmTower:
     return model.eval()
 
 
-def test_one_study_in_six_is_asked_something_short_and_the_rest_stay_reports() -> None:
+def test_one_study_in_four_is_asked_something_short_and_the_rest_stay_reports() -> None:
     shown = pictures(60)
     rng = np.random.default_rng(0)
     studies = [Study(str(i), (Path("x"),), write_report(truth, rng), "Report.") for i, truth in enumerate(shown.truths)]
@@ -64,6 +64,9 @@ def test_one_study_in_six_is_asked_something_short_and_the_rest_stay_reports() -
     assert changed == list(range(0, 60, QUESTION_EVERY))
     assert all("IMPRESSION" not in asked[number].report for number in changed)
     assert asked == with_questions(studies, shown.truths, seed=1)
+    reports = [study.report for study in studies]
+    history = {number: asked[number].history for number in changed}
+    assert history == {n: ((("Report.", reports[n]),) if n % (2 * QUESTION_EVERY) == 0 else ()) for n in changed}
     for number in changed:
         truth, answer = shown.truths[number], asked[number].report
         if truth.side and "side" in asked[number].prompt:

@@ -13,7 +13,7 @@ from vlm_serve.families.base import ModelFamily
 from vlm_serve.serving.ingest import Ingest
 from vlm_serve.training.dataset import Study, read_studies
 from vlm_serve.training.examples import end_of_turn, make_examples, study_chat
-from vlm_serve.types import ImagePart
+from vlm_serve.types import ImagePart, TextPart
 
 CHATML = """\
 {%- for message in messages -%}
@@ -37,15 +37,27 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> ModelFamily:
 def test_the_prompt_is_the_one_that_the_server_renders(family: ModelFamily, tmp_path: Path) -> None:
     studies = read_studies(write_studies(tmp_path / "data", 2, prompt="What is it?"))
     both = Study("both", studies[0].images + studies[1].images, "Two.", "Compare <image> </s> them.")
+    later = Study("later", studies[0].images, "Left.", "Which side?", history=(("Report.", "FINDINGS: None."),))
+    studies += [both, later]
     ingest = Ingest(family, IngestConfig(workers=1))
     try:
-        for study, example in zip([*studies, both], make_examples(family, [*studies, both], 16), strict=True):
+        for study, example in zip(studies, make_examples(family, studies, 16), strict=True):
             parts = [ImagePart(path.read_bytes(), "") for path in study.images]
             prompt = ingest.prepare(study_chat(study, parts)).prompt
             assert example.token_ids[: example.answer_start] == prompt.token_ids
             assert example.image_offsets == tuple(span.offset for span in prompt.images)
     finally:
         ingest.close()
+
+
+def test_a_follow_up_shows_the_images_with_the_first_question() -> None:
+    study = Study("a", (Path("-"),), "Left.", "Which side?", history=(("Report.", "FINDINGS: None."),))
+    image = ImagePart(b"", "")
+    assert [(message.role, message.content) for message in study_chat(study, [image]).messages] == [
+        ("user", (image, TextPart("Report."))),
+        ("assistant", (TextPart("FINDINGS: None."),)),
+        ("user", (TextPart("Which side?"),)),
+    ]
 
 
 def test_the_answer_is_the_report_and_the_end_of_the_turn(family: ModelFamily) -> None:

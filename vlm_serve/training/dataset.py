@@ -22,7 +22,8 @@ class Study:
 
     `images` are DICOM, PNG or JPEG files, in the order in which the prompt shows them; `patient` is any pseudonym
     that keeps a patient's studies on one side of a split; `truth` the parameters of a simulated finding, None where
-    nobody knows better than the report.
+    nobody knows better than the report. `history` are questions and answers before `prompt`, of which the first
+    question comes with the images; a file holds none.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Study:
     prompt: str = field(default=DEFAULT_PROMPT, repr=False)
     truth: Mapping[str, Any] | None = field(default=None, repr=False)
     patient: str | None = field(default=None, repr=False)
+    history: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
 def read_studies(path: Path) -> list[Study]:

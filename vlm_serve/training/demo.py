@@ -34,9 +34,9 @@ VISION_FILE = "vision.safetensors"
 ADAPTER = "adapter"
 
 
-QUESTION_EVERY = 6
+QUESTION_EVERY = 4
 
-STEPS = 200
+STEPS = 220
 """Of the adapter's training. The loss is flat long before; the sides are not right yet."""
 
 
@@ -95,13 +95,17 @@ def train_demo(family: TimmVlmFamily, work: Path, config: DemoConfig, progress: 
 
 
 def with_questions(studies: Sequence[Study], truths: Sequence[Truth], seed: int) -> list[Study]:
-    """One study in `QUESTION_EVERY` with a short question in place of its report: a follow-up wants an answer."""
+    """One study in `QUESTION_EVERY` with a short question instead: in turns of the picture alone, and after its
+    report, where the answer must agree with it.
+    """
     rng = np.random.default_rng(seed)
     asked = []
     for number, (study, truth) in enumerate(zip(studies, truths, strict=True)):
         if number % QUESTION_EVERY == 0:
             prompt, answer = ask_and_answer(truth, rng)
-            study = replace(study, prompt=prompt, report=answer)
+            follows = number % (2 * QUESTION_EVERY) == 0
+            history = ((study.prompt, study.report),) if follows else ()
+            study = replace(study, prompt=prompt, report=answer, history=history)
         asked.append(study)
     return asked
 

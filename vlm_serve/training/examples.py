@@ -29,8 +29,13 @@ class Example:
 
 
 def study_chat(study: Study, images: Sequence[ImagePart]) -> ChatInput:
-    """The request that a study stands for: one user message, its images before its text."""
-    return ChatInput((ChatMessage("user", (*images, TextPart(study.prompt))),))
+    """The request that a study stands for: its images before the first question, its prompt as the last."""
+    messages = []
+    for question, answer in study.history:
+        messages += [ChatMessage("user", (TextPart(question),)), ChatMessage("assistant", (TextPart(answer),))]
+    messages.append(ChatMessage("user", (TextPart(study.prompt),)))
+    messages[0] = ChatMessage("user", (*images, *messages[0].content))
+    return ChatInput(tuple(messages))
 
 
 def make_examples(family: ModelFamily, studies: Sequence[Study], tokens_per_image: int) -> list[Example]:
