@@ -189,7 +189,8 @@ Trained in {minutes:.0f} minutes ({processor}) by `make train-demo`.
 ## Scores
 
 On held-out studies, sent through the running server as a client sends them (`vlm-serve evaluate`, greedy). Reports
-alone are scored; one study in six of the training taught a short answer to a question, and these were not scored.
+alone are scored; one study in four of the training taught a short answer to a question, of the picture alone or after
+the draft, and these answers are not in the figures.
 
 {test}
 ![reference against draft](confusion.png)

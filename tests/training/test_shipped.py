@@ -8,9 +8,12 @@ import pytest
 
 from api.cli import main
 from api.cli.settings import SHIPPED_ADAPTER
+from vlm_serve import LLM, SamplingParams
+from vlm_serve.clinical.report import label_report
 from vlm_serve.clinical.simulated import write_simulated
 from vlm_serve.config import cache_dir
 from vlm_serve.families.demo import VISION_WEIGHTS
+from vlm_serve.training.dataset import read_studies
 from vlm_serve.training.progress import Silent
 from vlm_serve.training.scores import Scores, score
 from vlm_serve.training.studies.reports import PROMPTS, write_report
@@ -59,6 +62,32 @@ def test_drafts_of_phantoms_tell_modality_side_and_finding(phantoms: Path, tmp_p
     assert all(rate is not None and rate >= 0.85 for rate in rates.values()), rates
     sections = scores.accuracies["sections"].rate
     assert sections == 1
+
+
+def test_a_follow_up_after_the_draft_names_the_side(phantoms: Path) -> None:
+    studies = read_studies(phantoms / "test.jsonl")
+    report = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": study.images[0]}, {"type": "text", "text": PROMPTS[0]}],
+            }
+        ]
+        for study in studies
+    ]
+    greedy = SamplingParams(temperature=0, max_tokens=96)
+    with LLM("demo", adapters=SHIPPED_ADAPTER) as llm:
+        drafts = llm.chat(report, greedy, adapter="radiology", use_tqdm=False)
+        question = {"role": "user", "content": "Which side is abnormal?"}
+        follow_up = [
+            [*messages, {"role": "assistant", "content": draft.outputs[0].text}, question]
+            for messages, draft in zip(report, drafts, strict=True)
+        ]
+        answers = llm.chat(follow_up, greedy, adapter="radiology", use_tqdm=False)
+    sides = [set(label_report(study.report).positive.values()) for study in studies]
+    named = [{side for side in ("right", "left") if side in answer.outputs[0].text.lower()} for answer in answers]
+    right = sum(side == there for side, there in zip(named, sides, strict=True))
+    assert right >= 17, [answer.outputs[0].text for answer in answers]
 
 
 def test_the_card_tells_what_the_shipped_scores_are() -> None:
