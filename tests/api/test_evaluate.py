@@ -150,7 +150,9 @@ def test_weights_that_change_on_the_way_are_refused(
 
     monkeypatch.setattr(scripted.llm, "models", scripted.llm.models)
     monkeypatch.setattr(scripted.llm, "chat", chat_with_new_weights)
-    assert main(["evaluate", "--data", str(studies), "--url", scripted.url, "--out", str(tmp_path / "out")]) == 1
+    # One after the other: asked at once, all might be answered after the last change.
+    words = ["--data", str(studies), "--url", scripted.url, "--out", str(tmp_path / "out"), "--concurrency", "1"]
+    assert main(["evaluate", *words]) == 1
     assert "changed its weights" in capsys.readouterr().err
     assert not (tmp_path / "out" / "scores.json").exists()
 
