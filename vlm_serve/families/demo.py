@@ -37,7 +37,10 @@ IMAGE_SIZE = 256
 GRID = (8, 8)
 
 VISION_WEIGHTS = Path(__file__).with_name("demo_vision.safetensors")
-"""The trained tower and projector, bfloat16: `vision.…` by timm's names, `projector.linear_1.…`."""
+"""The trained tower and projector, bfloat16: `vision.…` by timm's names, `projector.linear_1.…`. Made by `make
+train-demo` from EfficientNet-Lite0 (Apache-2.0), and under that licence; data and scores are in the card of
+`adapters/radiology`.
+"""
 
 OR_ELSE = "serve a checkpoint folder of your own with --model PATH"
 
