@@ -24,8 +24,10 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MistralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     SiglipImageProcessor,
     SiglipVisionConfig,
 )
@@ -53,6 +55,24 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|turn|>assistant\\n' -}}{%- endif -%}
 """
+
+TOOL_TEMPLATE = """\
+{%- if tools -%}
+{{- '<|turn|>system\\nCall a function: <tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call>\\n' -}}
+{%- for tool in tools -%}{{- (tool | tojson) + '\\n' -}}{%- endfor -%}
+{%- endif -%}
+""" + CHAT_TEMPLATE.replace("'assistant']", "'assistant', 'tool']").replace(
+    "{{- '\\n' -}}\n{%- endfor -%}",
+    """\
+{%- for call in message.tool_calls or [] -%}
+{{- '<tool_call>\\n' + ({'name': call.function.name, 'arguments': call.function.arguments} | tojson) -}}
+{{- '\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if note is defined -%}{{- note -}}{%- endif -%}""",
+)
+"""Tells of functions and calls as Qwen's does, and says a variable of the request's, `note`."""
 
 
 @cache
@@ -85,8 +105,8 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     )
 
 
-def tiny_text_config(**changes: Any) -> LlamaConfig:
-    """A Llama decoder: hidden 64, 2 layers, 4 query and 2 key-value heads of 16."""
+def tiny_text_config(model_type: str = "llama", **changes: Any) -> PretrainedConfig:
+    """A decoder, of Llama's type unless it says another: hidden 64, 2 layers, 4 query and 2 key-value heads of 16."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -100,7 +120,8 @@ def tiny_text_config(**changes: Any) -> LlamaConfig:
         "pad_token_id": 3,
         "initializer_range": 0.2,
     }
-    return LlamaConfig(**(settings | changes))
+    kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+    return kinds[model_type](**(settings | changes))
 
 
 def tiny_vision_config(vision: str, image_size: int = 28, patch_size: int = 7, layers: int = 3) -> PretrainedConfig:

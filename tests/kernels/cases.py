@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from torch.utils import cpp_extension
 from vlm_serve.kernels import cpp_library
 
 NO_BLOCK = 2**30
-"""Fills block tables past a sequence's length: reading through it leaves the cache."""
+"""Fills block tables past a sequence's length and before its windows: reading through it leaves the cache."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one call, and the scale."""
+    """The tensors of one call, the scale and the window."""
 
     query: torch.Tensor
     key_cache: torch.Tensor
@@ -24,6 +25,11 @@ class Batch:
     kv_lengths: torch.Tensor
     query_start: torch.Tensor
     scale: float
+    window: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "window": self.window}
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -37,7 +43,7 @@ class Batch:
         )
 
     def to(self, device: str) -> "Batch":
-        return Batch(*(tensor.to(device) for tensor in self.tensors), scale=self.scale)
+        return Batch(*(tensor.to(device) for tensor in self.tensors), **self.options)
 
     @property
     def granted(self) -> int:
@@ -55,15 +61,19 @@ class Case:
     head_dim: int
     block_size: int
     padding: int = 0
+    window: int | None = None
 
     @property
     def name(self) -> str:
         kind = "decode" if max(self.granted) == 1 else "prefill" if self.granted == self.kv_lengths else "mixed"
         shape = f"Hq{self.heads}-Hkv{self.kv_heads}-D{self.head_dim}-B{self.block_size}"
-        return f"S{len(self.kv_lengths)}-{shape}-{kind}" + (f"-P{self.padding}" if self.padding else "")
+        kind += (f"-P{self.padding}" if self.padding else "") + (f"-W{self.window}" if self.window else "")
+        return f"S{len(self.kv_lengths)}-{shape}-{kind}"
 
     def build(self, dtype: torch.dtype, seed: int = 0) -> Batch:
-        """Random values in scattered blocks. Cache memory that no token was written to holds NaN."""
+        """Random values in scattered blocks. Cache memory that no token was written to holds NaN, and so does
+        what lies before the first key that a sequence's queries see; blocks wholly before it are not in its table.
+        """
         random = torch.Generator().manual_seed(seed)
         needed = [-(-length // self.block_size) for length in self.kv_lengths]
         blocks = torch.randperm(sum(needed) + 3, generator=random).int()
@@ -79,6 +89,12 @@ class Case:
                 written = min(self.block_size, length - index * self.block_size)
                 rows = torch.randn(2, self.kv_heads, written, self.head_dim, generator=random)
                 key_cache[block, :, :written], value_cache[block, :, :written] = rows
+            if self.window is not None:
+                passed = max(0, length - self.granted[sequence] - self.window + 1)
+                block_tables[sequence, : passed // self.block_size] = NO_BLOCK
+                for index, block in enumerate(own.tolist()):
+                    unseen = max(0, passed - index * self.block_size)
+                    key_cache[block, :, :unseen] = value_cache[block, :, :unseen] = torch.nan
         tokens = sum(self.granted) + self.padding
         return Batch(
             query=torch.randn(tokens, self.heads, self.head_dim, generator=random).to(dtype),
@@ -88,6 +104,7 @@ class Case:
             kv_lengths=torch.tensor(self.kv_lengths, dtype=torch.int32),
             query_start=torch.tensor([0, *self.granted]).cumsum(0).int(),
             scale=self.head_dim**-0.5,
+            window=self.window,
         )
 
 
@@ -104,6 +121,14 @@ CASES = [
     Case(*MIXED, heads=14, kv_heads=2, head_dim=256, block_size=16),
     Case(*DECODE, heads=28, kv_heads=4, head_dim=128, block_size=24),
     Case((20, 30, 40), (20, 0, 7), heads=7, kv_heads=1, head_dim=8, block_size=4),
+    Case(*MIXED, heads=9, kv_heads=3, head_dim=64, block_size=16, padding=3, window=8),
+    Case(*MIXED, heads=4, kv_heads=4, head_dim=72, block_size=8, window=64),
+    Case(*MIXED, heads=14, kv_heads=2, head_dim=256, block_size=16, window=100),
+    Case(*DECODE, heads=28, kv_heads=4, head_dim=128, block_size=24, window=33),
+    Case(*DECODE, heads=3, kv_heads=3, head_dim=64, block_size=1, window=1),
+    Case((300, 200), (150, 200), heads=8, kv_heads=2, head_dim=80, block_size=16, window=1),
+    Case((300, 200), (150, 200), heads=8, kv_heads=2, head_dim=80, block_size=16, window=5000),
+    Case((400, 30, 40), (200, 0, 7), heads=7, kv_heads=1, head_dim=8, block_size=4, window=70),
 ]
 
 SMALL_CASES = [
@@ -113,6 +138,10 @@ SMALL_CASES = [
     Case((20, 9, 70), (3, 0, 4), heads=14, kv_heads=2, head_dim=80, block_size=16),
     Case((40, 9), (1, 1), heads=28, kv_heads=4, head_dim=128, block_size=16),
     Case((20, 9), (4, 9), heads=8, kv_heads=2, head_dim=256, block_size=16),
+    Case((90, 1, 133, 7), (5, 1, 90, 1), heads=9, kv_heads=3, head_dim=64, block_size=16, padding=3, window=8),
+    Case((90, 17, 133), (1, 1, 1), heads=4, kv_heads=4, head_dim=72, block_size=8, window=33),
+    Case((200, 100, 70), (120, 0, 40), heads=14, kv_heads=2, head_dim=80, block_size=16, window=50),
+    Case((90, 20), (70, 20), heads=2, kv_heads=1, head_dim=16, block_size=4, window=1),
 ]
 """For Triton's interpreter, which runs program by program."""
 

@@ -12,7 +12,7 @@ IMPLEMENTATIONS = {"cpp": cpu.paged_attention, "torch": torch_batched.paged_atte
 def attend(implementation: str, batch: Batch) -> torch.Tensor:
     if implementation == "cpp":
         require_cpp()
-    return IMPLEMENTATIONS[implementation](*batch.tensors, scale=batch.scale)
+    return IMPLEMENTATIONS[implementation](*batch.tensors, **batch.options)
 
 
 def tokens_of(batch: Batch, out: torch.Tensor, sequence: int) -> torch.Tensor:
@@ -30,7 +30,7 @@ def only(batch: Batch, sequence: int) -> Batch:
         batch.block_tables[sequence : sequence + 1],
         batch.kv_lengths[sequence : sequence + 1],
         torch.tensor([0, len(query)], dtype=torch.int32),
-        batch.scale,
+        **batch.options,
     )
 
 
@@ -43,7 +43,7 @@ def part(batch: Batch, start: int, end: int) -> Batch:
         batch.block_tables,
         torch.tensor([end], dtype=torch.int32),
         torch.tensor([0, end - start], dtype=torch.int32),
-        batch.scale,
+        **batch.options,
     )
 
 
@@ -53,7 +53,7 @@ def part(batch: Batch, start: int, end: int) -> Batch:
 def test_every_implementation_agrees_with_the_reference(implementation: str, dtype: torch.dtype, case: Case) -> None:
     batch = case.build(dtype)
     rtol, atol = ONE_UNIT[dtype]
-    expected = reference.paged_attention(*batch.tensors, scale=batch.scale)
+    expected = reference.paged_attention(*batch.tensors, **batch.options)
     out = attend(implementation, batch)
     torch.testing.assert_close(out[: batch.granted], expected[: batch.granted], rtol=rtol, atol=atol)
 
@@ -67,8 +67,19 @@ def test_the_reference_is_the_softmax_of_the_formula() -> None:
     for query, seen in zip(batch.query[:, 0], (2, 3), strict=True):
         weights = torch.stack([(query @ keys[index] * batch.scale).exp() for index in range(seen)])
         expected.append((weights[:, None] * values[:seen]).sum(0) / weights.sum())
-    out = reference.paged_attention(*batch.tensors, scale=batch.scale)
+    out = reference.paged_attention(*batch.tensors, **batch.options)
     torch.testing.assert_close(out[:, 0], torch.stack(expected))
+
+
+def test_the_reference_sees_its_window_and_no_more() -> None:
+    batch = Case((5,), (5,), heads=1, kv_heads=1, head_dim=2, block_size=8, window=2).build(torch.float32)
+    keys, values = (cache[batch.block_tables[0, 0].long(), 0, :5] for cache in (batch.key_cache, batch.value_cache))
+    out = reference.paged_attention(*batch.tensors, **batch.options)[:, 0]
+    torch.testing.assert_close(out[0], values[0])
+    for position in range(1, 5):
+        seen = slice(position - 1, position + 1)
+        weights = (keys[seen] @ batch.query[position, 0] * batch.scale).softmax(0)
+        torch.testing.assert_close(out[position], weights @ values[seen])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -82,7 +93,7 @@ def test_a_query_may_be_a_slice_of_stacked_projections(implementation: str) -> N
     batch = CASES[0].build(torch.bfloat16)
     stacked = torch.full((len(batch.query), 15, 64), torch.nan, dtype=torch.bfloat16)
     stacked[:, :9] = batch.query
-    sliced = Batch(stacked[:, :9], *batch.tensors[1:], scale=batch.scale)
+    sliced = Batch(stacked[:, :9], *batch.tensors[1:], **batch.options)
     assert torch.equal(attend(implementation, sliced), attend(implementation, batch))
 
 
@@ -97,8 +108,12 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype, 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "head_dim"), [(9, 64), (3, 80), (21, 128)])
-def test_a_prefill_gets_the_same_bits_wherever_it_is_cut(dtype: torch.dtype, heads: int, head_dim: int) -> None:
-    whole = Case((150,), (150,), heads=heads, kv_heads=3, head_dim=head_dim, block_size=16).build(dtype)
+@pytest.mark.parametrize("window", [None, 1, 8, 65, 100])
+def test_a_prefill_gets_the_same_bits_wherever_it_is_cut(
+    dtype: torch.dtype, heads: int, head_dim: int, window: int | None
+) -> None:
+    shape = {"heads": heads, "kv_heads": 3, "head_dim": head_dim, "block_size": 16}
+    whole = Case((150,), (150,), **shape, window=window).build(dtype)
     out = attend("cpp", whole)
     for cut in (1, 31, 32, 63, 64, 65, 149):
         assert torch.equal(attend("cpp", part(whole, 0, cut)), out[:cut])
@@ -133,10 +148,18 @@ def test_a_block_that_the_cache_does_not_have_is_refused(block: int, message: st
         attend("cpp", batch)
 
 
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_that_sees_nothing_is_refused(window: int) -> None:
+    batch = CASES[0].build(torch.float32)
+    require_cpp()
+    with pytest.raises(RuntimeError, match="at least 1"):
+        cpu.paged_attention(*batch.tensors, scale=batch.scale, window=window)
+
+
 def test_dispatch_takes_the_cpp_operator_for_its_dtypes_and_torch_for_others() -> None:
     for dtype, implementation in ((torch.float32, "cpp"), (torch.bfloat16, "cpp"), (torch.float16, "torch")):
         batch = CASES[0].build(dtype)
-        out = dispatch.paged_attention(*batch.tensors, scale=batch.scale, max_query_len=133)
+        out = dispatch.paged_attention(*batch.tensors, **batch.options, max_query_len=133)
         assert torch.equal(out, attend(implementation, batch))
 
 

@@ -37,8 +37,8 @@ def test_without_a_compiler_one_warning_is_given_and_torch_computes(
     monkeypatch.setenv("CXX", "no-such-compiler")
     batch = CASES[0].build(torch.float32)
     for _ in range(2):
-        out = dispatch.paged_attention(*batch.tensors, scale=batch.scale, max_query_len=133)
-        assert torch.equal(out, torch_batched.paged_attention(*batch.tensors, scale=batch.scale))
+        out = dispatch.paged_attention(*batch.tensors, **batch.options, max_query_len=133)
+        assert torch.equal(out, torch_batched.paged_attention(*batch.tensors, **batch.options))
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "compiler" in warning.getMessage()
     assert not list(empty_cache.rglob("*.so"))

@@ -21,9 +21,9 @@ TOLERANCE = {torch.float32: (0.0, 5e-6), torch.float16: (2**-9, 1e-3), torch.bfl
 @pytest.mark.parametrize("case", CASES, ids=names(CASES))
 def test_attention_on_a_gpu_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> None:
     batch = case.build(dtype)
-    expected = reference.paged_attention(*batch.tensors, scale=batch.scale)
+    expected = reference.paged_attention(*batch.tensors, **batch.options)
     on_gpu = batch.to("cuda")
-    out = dispatch.paged_attention(*on_gpu.tensors, scale=batch.scale, max_query_len=max(case.granted)).cpu()
+    out = dispatch.paged_attention(*on_gpu.tensors, **batch.options, max_query_len=max(case.granted)).cpu()
     rtol, atol = TOLERANCE[dtype]
     torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
 
@@ -31,9 +31,9 @@ def test_attention_on_a_gpu_agrees_with_the_reference(case: Case, dtype: torch.d
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_attention_over_a_long_context_agrees_with_the_reference(dtype: torch.dtype) -> None:
     batch = Case((4096, 3000, 17), (512, 1, 17), heads=28, kv_heads=4, head_dim=128, block_size=16).build(dtype)
-    expected = reference.paged_attention(*batch.tensors, scale=batch.scale)
+    expected = reference.paged_attention(*batch.tensors, **batch.options)
     on_gpu = batch.to("cuda")
-    out = dispatch.paged_attention(*on_gpu.tensors, scale=batch.scale, max_query_len=512).cpu()
+    out = dispatch.paged_attention(*on_gpu.tensors, **batch.options, max_query_len=512).cpu()
     rtol, atol = TOLERANCE[dtype]
     torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
 
@@ -54,7 +54,7 @@ def test_a_decode_step_is_captured_in_a_cuda_graph_and_follows_its_inputs() -> N
     batch = case.build(torch.bfloat16).to("cuda")
 
     def attend() -> torch.Tensor:
-        return dispatch.paged_attention(*batch.tensors, scale=batch.scale, max_query_len=1)
+        return dispatch.paged_attention(*batch.tensors, **batch.options, max_query_len=1)
 
     attend()
     graph = torch.cuda.CUDAGraph()

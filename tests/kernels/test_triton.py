@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -52,8 +53,10 @@ def test_the_interpreted_cache_write_is_exact(interpreted: Any, dtype: str) -> N
     assert interpreted["kv_cache"][dtype] == 0
 
 
-@pytest.mark.parametrize("kind", ["decode", "prefill"])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "kind"),
+    [*itertools.product([64, 80, 128, 256], ["decode", "prefill"]), (128, "windowed")],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_compiles_for_sm_90_within_its_shared_memory(
     compiled: Any, dtype: str, head_dim: int, kind: str

@@ -20,6 +20,7 @@ from vlm_serve.kernels.kv_cache.triton_kernel import write_kv_cache_kernel
 TARGET = GPUTarget("cuda", 90, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (64, 80, 128, 256)
+WINDOWED_HEAD_DIM = 128
 
 
 def compile_kernel(kernel, tensors: dict[str, str], constants: dict[str, int]) -> dict[str, int]:
@@ -41,8 +42,11 @@ def main() -> None:
         tensors = dict.fromkeys(("out_ptr", "query_ptr", "key_cache_ptr", "value_cache_ptr"), name)
         tensors |= dict.fromkeys(("block_tables_ptr", "kv_lengths_ptr", "query_start_ptr"), "i32")
         for head_dim in HEAD_DIMS:
-            for kind, max_query_len in (("decode", 1), ("prefill", 512)):
-                sizes = tile_sizes(4, head_dim, 16, max_query_len, dtype)
+            kinds = [("decode", 1, None), ("prefill", 512, None)]
+            if head_dim == WINDOWED_HEAD_DIM:
+                kinds += [("windowed", 512, 4096)]
+            for kind, max_query_len, window in kinds:
+                sizes = tile_sizes(4, head_dim, 16, max_query_len, dtype, window)
                 built[f"attention-{name}-D{head_dim}-{kind}"] = compile_kernel(paged_attention_kernel, tensors, sizes)
         tensors = dict.fromkeys(("key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr"), name)
         tensors |= {"slot_mapping_ptr": "i64"}

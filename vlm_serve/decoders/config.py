@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from vlm_serve.decoders.layer_groups import LayerGroup, group_layers
 from vlm_serve.errors import CheckpointError
 from vlm_serve.layers.rotary import RopeScaling
 
@@ -26,18 +27,31 @@ class PositionKind(StrEnum):
     ALIBI = "alibi"
 
 
+class AttentionKind(StrEnum):
+    """As checkpoints name them in `layer_types`."""
+
+    FULL = "full_attention"
+    SLIDING = "sliding_attention"
+
+
 class MlpKind(StrEnum):
     GATED = "gated"
     PLAIN = "plain"
     EXPERTS = "experts"
 
 
+KNOWN = ("llama", "mistral", "qwen2")
+"""`model_type` of the text configs that can be read."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """One decoder. Sizes are counts of features, heads, layers or tokens.
 
-    `sliding_window` None: every layer sees the whole context. `logit_softcap` and `attention_softcap` None:
-    no cap. What a field names and the decoder has no part for yet is refused when it is built.
+    `layer_types` has the kind of each layer; empty: all see the whole context. Those that slide see the last
+    `sliding_window` positions, their own among them. `attention_bias` is of queries, keys and values.
+    `logit_softcap` and `attention_softcap` None: no cap. What a field names and the decoder has no part for yet is
+    refused when it is built.
     """
 
     architecture: str
@@ -57,9 +71,11 @@ class DecoderConfig:
     mlp: MlpKind = MlpKind.GATED
     activation: str = "silu"
     attention_bias: bool = False
+    attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    layer_types: tuple[AttentionKind, ...] = ()
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
@@ -72,10 +88,14 @@ class DecoderConfig:
             CheckpointError: the architecture, or something in it, is not known here.
         """
         architecture = config.get("model_type")
-        if architecture != "llama":
-            raise CheckpointError(f"Decoders of type {architecture!r} are not known. Known: 'llama'.")
+        if architecture not in KNOWN:
+            raise CheckpointError(
+                f"Decoders of type {architecture!r} are not known. Known: {', '.join(map(repr, KNOWN))}."
+            )
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         theta, scaling = _rope(config)
+        window, layer_types = _attention_kinds(architecture, config)
+        bias = bool(config.get("attention_bias", False))
         return cls(
             architecture=architecture,
             vocab_size=config["vocab_size"],
@@ -90,10 +110,52 @@ class DecoderConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             activation=config.get("hidden_act", "silu"),
-            attention_bias=bool(config.get("attention_bias", False)),
+            attention_bias=bias or architecture == "qwen2",
+            attention_output_bias=bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
+            sliding_window=window,
+            layer_types=layer_types,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many positions each layer sees; None: all."""
+        kinds = self.layer_types or (AttentionKind.FULL,) * self.num_layers
+        return tuple(self.sliding_window if kind is AttentionKind.SLIDING else None for kind in kinds)
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers by how they page their keys and values."""
+        return group_layers(self.windows)
+
+    @property
+    def layers_per_group(self) -> int:
+        return max(len(group.layers) for group in self.layer_groups)
+
+    def place_of(self, layer: int) -> tuple[int, int]:
+        """The group of a layer and its index in it."""
+        return next(
+            (index, group.layers.index(layer)) for index, group in enumerate(self.layer_groups) if layer in group.layers
+        )
+
+
+def _attention_kinds(architecture: str, config: Mapping[str, Any]) -> tuple[int | None, tuple[AttentionKind, ...]]:
+    """The window and the kind of each layer, as transformers' model of that architecture reads them."""
+    window, count = config.get("sliding_window"), config["num_hidden_layers"]
+    if architecture == "llama" or window is None or config.get("use_sliding_window") is False:
+        return None, ()
+    if not isinstance(window, int) or window < 1:
+        raise CheckpointError(f"sliding_window is {window!r}; it must be a count of positions.")
+    if architecture == "mistral":
+        return window, (AttentionKind.SLIDING,) * count
+    names = config.get("layer_types") or ()
+    if len(names) != count or not set(names) <= set(AttentionKind):
+        raise CheckpointError(
+            f"layer_types must name {', '.join(AttentionKind)} for each of {count} layers; it is {list(names)}."
+        )
+    kinds = tuple(AttentionKind(name) for name in names)
+    return (window, kinds) if AttentionKind.SLIDING in kinds else (None, ())
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

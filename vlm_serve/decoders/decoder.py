@@ -52,13 +52,17 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        group, cache_layer = config.place_of(layer)
         self.self_attn = Attention(
             config.hidden_size,
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
-            layer=layer,
+            group=group,
+            cache_layer=cache_layer,
+            window=config.windows[layer],
             bias=config.attention_bias,
+            output_bias=config.attention_output_bias,
             parallel=parallel,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -114,7 +118,6 @@ def _refuse_what_is_not_built(config: DecoderConfig) -> None:
         "position": (config.position, PositionKind.ROPE),
         "mlp": (config.mlp, MlpKind.GATED),
         "qk_norm": (config.qk_norm, False),
-        "sliding_window": (config.sliding_window, None),
         "attention_softcap": (config.attention_softcap, None),
         "logit_softcap": (config.logit_softcap, None),
     }

@@ -6,8 +6,32 @@ values depend on, so that a hit is always right: tokens, images, adapter and ten
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence as Many
 
+from vlm_serve.engine.batch import NULL_BLOCK, TableEntry
 from vlm_serve.engine.sequence import Sequence
+
+
+def first_seen(position: int, window: int | None) -> int:
+    """The first position that a query at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def most_blocks(num_tokens: int, block_size: int, windows: Many[int | None], max_chunk: int) -> int:
+    """The most blocks that a sequence holds on its way to `num_tokens` tokens, `max_chunk` or fewer of them a step.
+
+    Under a window that is what the first token of a chunk sees, and the chunk. To it comes what a fork needs: it
+    starts up to a block before its parent, which keeps that for it.
+    """
+    whole = -(-num_tokens // block_size)
+    total = 0
+    for window in windows:
+        if window is None:
+            total += whole
+        else:
+            reach = block_size + window - 1 + max_chunk
+            total += min(whole, -(-(reach - 1) // block_size) + 1)
+    return total
 
 
 class BlockManager:
@@ -15,69 +39,127 @@ class BlockManager:
 
     A block is *used* while a sequence holds it and *free* otherwise; a free block keeps its content and its
     hash until it is handed out again, the least recently freed first.
+
+    Layers come in groups that share the one pool. An entry of a block table has a block of each group for the same
+    tokens; a group with a window gives its block back once no query can see it, and its place is `NULL_BLOCK`.
+
+    Args:
+        windows: of each group of layers, how many positions a query sees; None is all.
+        max_chunk: the most tokens of a sequence that one step computes; None is any number.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        windows: tuple[int | None, ...] = (None,),
+        max_chunk: int | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.windows = windows
+        self.max_chunk = num_blocks * block_size if max_chunk is None else max_chunk
         self.queries = 0
         self.hits = 0
+        self.tokens_live = 0
+        """Places in used blocks whose keys and values a later step can still read; the rest of
+        `tokens_allocated` is waste. Where sequences share a block it is what the last of them made of it."""
+        self._windowed = [(group, window) for group, window in enumerate(windows) if window is not None]
+        self._live = [0] * num_blocks
         self._references = [0] * num_blocks
-        self._hash_of: dict[int, bytes] = {}
-        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, tuple[int, bytes]] = {}
+        self._block_of: dict[tuple[int, bytes], int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def tokens_allocated(self) -> int:
+        """Places for tokens in the blocks that sequences hold, a block that several hold counted once."""
+        return (self.num_blocks - len(self._free)) * self.block_size
+
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold `num_tokens` tokens."""
+        """How many entries of a block table `num_tokens` tokens take."""
         return -(-num_tokens // self.block_size)
 
     def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether `grow` to `num_tokens` tokens would find its blocks."""
-        return self.blocks_for(num_tokens) - len(sequence.block_table) <= self.num_free
+        entries = self.blocks_for(num_tokens) - len(sequence.block_table)
+        return entries * len(self.windows) <= self.num_free
 
-    def grow(self, sequence: Sequence, num_tokens: int) -> tuple[int, ...]:
-        """Gives the sequence room for its first `num_tokens` tokens; returns the blocks that were added."""
-        added = []
-        for _ in range(self.blocks_for(num_tokens) - len(sequence.block_table)):
-            block, _ = self._free.popitem(last=False)
-            if known := self._hash_of.pop(block, None):
-                del self._block_of[known]
-            self._references[block] = 1
-            added.append(block)
+    def grow(self, sequence: Sequence, num_tokens: int) -> tuple[TableEntry, ...]:
+        """Gives the sequence room for its first `num_tokens` tokens; returns the entries that were added."""
+        entries = self.blocks_for(num_tokens) - len(sequence.block_table)
+        added = [tuple([self._take() for _ in self.windows]) for _ in range(entries)]
         sequence.block_table.extend(added)
         return tuple(added)
 
-    def find_prefix(self, sequence: Sequence) -> list[int]:
+    def find_prefix(self, sequence: Sequence) -> list[TableEntry]:
         """The cached blocks that the sequence's known tokens begin with.
 
-        At least one token is left to compute: its logits are what the next token is drawn from.
+        At least one token is left to compute: its logits are what the next token is drawn from. It is the longest
+        prefix of which every group has what the next query sees: of a window its last blocks, of the others all.
         """
         if not self.enable_prefix_caching:
             return []
-        found = []
+        groups, longest = range(len(self.windows)), 0
+        found: list[TableEntry] = []
+        missed = [-1] * len(self.windows)  # the last block of each group that is not cached
         for index in range((len(sequence.token_ids) - 1) // self.block_size):
-            block = self._block_of.get(self._hash(sequence, index))
-            if block is None:
+            known = self._hash(sequence, index)
+            entry = tuple([self._block_of.get((group, known), NULL_BLOCK) for group in groups])
+            found.append(entry)
+            for group in groups:
+                if entry[group] == NULL_BLOCK:
+                    missed[group] = index
+            if any(missed[group] >= 0 for group in groups if self.windows[group] is None):
                 break
-            found.append(block)
-        return found
+            if all(missed[group] < self._first_needed(index + 1, group) for group in groups):
+                longest = index + 1
+        return self._seen(found[:longest])
 
-    def can_admit(self, prefix: list[int], num_tokens: int) -> bool:
-        """Whether a new sequence with this cached prefix can grow to `num_tokens` tokens."""
-        revived = sum(self._references[block] == 0 for block in prefix)
-        return self.blocks_for(num_tokens) - len(prefix) <= self.num_free - revived
+    def find_fork(self, parent: Sequence, child: Sequence) -> list[TableEntry]:
+        """The blocks of `parent` that `child`, another answer to the same prompt, can start on: the full blocks of
+        the prompt that the parent has computed. A prefix like those of `find_prefix`, for `can_admit` and `admit`; it
+        needs no prefix caching.
 
-    def admit(self, sequence: Sequence, prefix: list[int]) -> None:
+        At least one token of the prompt is left to compute, as in `find_prefix`. Where layers have windows it is
+        empty from the parent's second token on: the window has left the prompt's end.
+        """
+        full = min(parent.computed, child.prompt_len - 1) // self.block_size
+        entries = self._seen(parent.block_table[:full])
+        for group, _ in self._windowed:
+            if any(entry[group] == NULL_BLOCK for entry in entries[self._first_needed(full, group) :]):
+                return []
+        return entries
+
+    def can_admit(self, prefix: list[TableEntry], num_tokens: int) -> bool:
+        """Whether a new sequence with this prefix can come to `num_tokens` tokens."""
+        room = self.num_free
+        for group, window in enumerate(self.windows):
+            revived = sum(entry[group] != NULL_BLOCK and not self._references[entry[group]] for entry in prefix)
+            needed = self.blocks_for(num_tokens) - len(prefix)
+            if window is not None:  # what is revived goes back as the window passes it
+                most = most_blocks(num_tokens, self.block_size, (window,), self.max_chunk)
+                needed = min(needed, most - revived)
+            room -= needed + revived
+        return room >= 0
+
+    def admit(self, sequence: Sequence, prefix: list[TableEntry]) -> None:
         """Starts a sequence on its cached prefix, which counts as computed."""
-        for block in prefix:
-            if self._references[block] == 0:
-                del self._free[block]
-            self._references[block] += 1
+        for entry in prefix:
+            for block in entry:
+                if block == NULL_BLOCK:
+                    continue
+                if self._references[block] == 0:
+                    del self._free[block]
+                    self._set_live(block, self.block_size)
+                self._references[block] += 1
         sequence.block_table = list(prefix)
         sequence.computed = len(prefix) * self.block_size
         if sequence.cached_tokens is None:
@@ -86,28 +168,84 @@ class BlockManager:
             self.hits += sequence.computed
 
     def publish(self, sequence: Sequence, computed_before: int) -> None:
-        """Makes the blocks that have become full since `computed_before` known to later sequences.
+        """Takes in that a step computed the tokens from `computed_before` on: blocks that have become full are known
+        to later sequences, and those that fell out of a window go back.
 
-        Called after the step that computed them, so that no one can hit a block before it is written.
+        Called after the step, so that no one can hit a block before it is written, nor write where it is read.
         """
-        if not self.enable_prefix_caching:
-            return
-        for index in range(computed_before // self.block_size, sequence.computed // self.block_size):
-            block, known = sequence.block_table[index], self._hash(sequence, index)
-            if known not in self._block_of and block not in self._hash_of:
-                self._block_of[known] = block
-                self._hash_of[block] = known
+        full = sequence.computed // self.block_size
+        for index in range(computed_before // self.block_size, self.blocks_for(sequence.computed)):
+            filled = min(self.block_size, sequence.computed - index * self.block_size)
+            for group, block in enumerate(sequence.block_table[index]):
+                self._set_live(block, filled)
+                if index < full and self.enable_prefix_caching:
+                    known = group, self._hash(sequence, index)
+                    if known not in self._block_of and block not in self._hash_of:
+                        self._block_of[known] = block
+                        self._hash_of[block] = known
+        if self._windowed:
+            self._give_back(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Takes the sequence's blocks back; the end of its prefix is forgotten first."""
-        for block in reversed(sequence.block_table):
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._free[block] = None
-                if block not in self._hash_of:
-                    self._free.move_to_end(block, last=False)
+        for entry in reversed(sequence.block_table):
+            for block in entry:
+                if block != NULL_BLOCK:
+                    self._drop(block)
         sequence.block_table = []
         sequence.computed = 0
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        if known := self._hash_of.pop(block, None):
+            del self._block_of[known]
+        self._references[block] = 1
+        return block
+
+    def _drop(self, block: int) -> None:
+        self._references[block] -= 1
+        if self._references[block] == 0:
+            self._set_live(block, 0)
+            self._free[block] = None
+            if block not in self._hash_of:
+                self._free.move_to_end(block, last=False)
+
+    def _set_live(self, block: int, count: int) -> None:
+        self.tokens_live += count - self._live[block]
+        self._live[block] = count
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Takes back the blocks that no query still to come can see."""
+        table, position = sequence.block_table, sequence.computed
+        if sequence.request.sampling.n > 1 and position <= sequence.prompt_len:
+            # The other answers to the prompt fork when it is computed, and begin with its last block.
+            position = min(position, (sequence.prompt_len - 1) // self.block_size * self.block_size)
+        for group, window in self._windowed:
+            seen = first_seen(position, window)
+            needed = seen // self.block_size
+            for index in range(needed - 1, -1, -1):
+                block = table[index][group]
+                if block == NULL_BLOCK:
+                    break
+                table[index] = (*table[index][:group], NULL_BLOCK, *table[index][group + 1 :])
+                self._drop(block)
+            if needed < self.blocks_for(position) and self._references[table[needed][group]] == 1:
+                end = min(sequence.computed, (needed + 1) * self.block_size)
+                self._set_live(table[needed][group], end - seen)
+
+    def _first_needed(self, num_blocks: int, group: int) -> int:
+        """The first block that the query after `num_blocks` full ones sees."""
+        return first_seen(num_blocks * self.block_size, self.windows[group]) // self.block_size
+
+    def _seen(self, prefix: list[TableEntry]) -> list[TableEntry]:
+        """The prefix without the blocks that the query after it does not see."""
+        if not self._windowed:
+            return prefix
+        first = [self._first_needed(len(prefix), group) for group in range(len(self.windows))]
+        return [
+            tuple([block if index >= first[group] else NULL_BLOCK for group, block in enumerate(entry)])
+            for index, entry in enumerate(prefix)
+        ]
 
     def _hash(self, sequence: Sequence, index: int) -> bytes:
         """sha256 over the parent block's hash, this block's tokens, the adapter, the tenant's salt, and the

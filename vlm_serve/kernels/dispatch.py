@@ -46,18 +46,21 @@ def paged_attention(
     *,
     scale: float,
     max_query_len: int,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Causal attention of a ragged batch over the paged cache, prefill chunks and decodes together.
 
     Args:
         query: `[T, heads, head_dim]`; heads may be any multiple of the cache's (GQA, arXiv 2305.13245).
         key_cache, value_cache: `[blocks, kv_heads, block_size, head_dim]`, of the query's dtype.
-        block_tables: int32 `[S, max_blocks]`; entries past a sequence's length are not read.
+        block_tables: int32 `[S, max_blocks]`; entries past a sequence's length are not read,
+            nor those of blocks that lie before all that its queries see.
         kv_lengths: int32 `[S]`, the keys present, this step's among them.
         query_start: int32 `[S + 1]`, prefix sums of the tokens granted. Query i of a sequence stands at
             position `kv_length - granted + i`.
         scale: factor of the scores before the softmax.
         max_query_len: the most tokens granted to one sequence.
+        window: how many keys a query sees, its own position's and those just before; None: all before it.
 
     Returns:
         `[T, heads, head_dim]` of the query's dtype. Tokens past `query_start[-1]` are padding; their output is
@@ -67,10 +70,10 @@ def paged_attention(
     if query.device.type == "cuda":
         from vlm_serve.kernels.attention import triton_kernel as attention_triton
 
-        return attention_triton.paged_attention(*tensors, scale=scale, max_query_len=max_query_len)
+        return attention_triton.paged_attention(*tensors, scale=scale, max_query_len=max_query_len, window=window)
     if _takes_cpp(query):
-        return attention_cpu.paged_attention(*tensors, scale=scale)
-    return attention_torch.paged_attention(*tensors, scale=scale)
+        return attention_cpu.paged_attention(*tensors, scale=scale, window=window)
+    return attention_torch.paged_attention(*tensors, scale=scale, window=window)
 
 
 def write_kv_cache(

@@ -10,7 +10,14 @@ from vlm_serve.layers.parallel import SINGLE, TensorParallel
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped key/value heads (GQA, arXiv 2305.13245)."""
+    """Causal attention with grouped key/value heads (GQA, arXiv 2305.13245), over all before or a sliding window.
+
+    Args:
+        group: of the layers that page alike; it chooses the block tables.
+        cache_layer: which of its group's layers this is; it chooses the tensors of the cache.
+        window: how many positions a query sees, its own among them; None: all.
+        bias, output_bias: of the projections to queries, keys and values, and of the one after them.
+    """
 
     def __init__(
         self,
@@ -19,12 +26,17 @@ class Attention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         *,
-        layer: int,
+        group: int,
+        cache_layer: int,
+        window: int | None,
         bias: bool,
+        output_bias: bool,
         parallel: TensorParallel = SINGLE,
     ) -> None:
         super().__init__()
-        self.layer = layer
+        self.group = group
+        self.cache_layer = cache_layer
+        self.window = window
         self.num_heads = parallel.share(num_heads)
         self.num_kv_heads = parallel.share(num_kv_heads)
         self.head_dim = head_dim
@@ -36,7 +48,9 @@ class Attention(nn.Module):
             bias=bias,
             parallel=parallel,
         )
-        self.o_proj = Linear(num_heads * head_dim, {"o_proj": hidden_size}, bias=bias, split="row", parallel=parallel)
+        self.o_proj = Linear(
+            num_heads * head_dim, {"o_proj": hidden_size}, bias=output_bias, split="row", parallel=parallel
+        )
 
     def forward(
         self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], context: ForwardContext
@@ -47,18 +61,19 @@ class Attention(nn.Module):
         )
         rotated = dispatch.rotate(query_and_key.unflatten(-1, (-1, self.head_dim)), *rotation)
         query, key = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
-        key_cache, value_cache = context.key_cache[self.layer], context.value_cache[self.layer]
+        key_cache, value_cache = context.key_cache[self.cache_layer], context.value_cache[self.cache_layer]
         dispatch.write_kv_cache(
-            key, value.unflatten(-1, (-1, self.head_dim)), key_cache, value_cache, context.slot_mapping
+            key, value.unflatten(-1, (-1, self.head_dim)), key_cache, value_cache, context.slot_mapping[self.group]
         )
         attended = dispatch.paged_attention(
             query,
             key_cache,
             value_cache,
-            context.block_tables,
+            context.block_tables[self.group],
             context.kv_lengths,
             context.query_start,
             scale=self.scale,
             max_query_len=context.max_query_len,
+            window=self.window,
         )
         return self.o_proj(attended.flatten(1), context.adapters)  # type: ignore[no-any-return]

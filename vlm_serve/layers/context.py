@@ -22,18 +22,20 @@ class ForwardContext:
 
     Args:
         positions: int64 `[T]`, the position of each token in its sequence.
-        slot_mapping: int64 `[T]`, where each token's key and value go: `block * block_size + offset`.
-        block_tables: int32 `[S, max_blocks]`, each sequence's blocks in order.
+        slot_mapping: for each group of layers int64 `[T]`, where each token's key and value go:
+            `block * block_size + offset`.
+        block_tables: for each group of layers int32 `[S, max_blocks]`, each sequence's blocks in order. Where the
+            group's window has passed, an entry means nothing.
         kv_lengths: int32 `[S]`, keys present once this step's are written.
         query_start: int32 `[S + 1]`, prefix sums of the tokens granted to each sequence.
         max_query_len: the most tokens granted to one sequence.
-        key_cache, value_cache: `[layers, blocks, kv_heads, block_size, head_dim]`.
+        key_cache, value_cache: `[layers of a group, blocks, kv_heads, block_size, head_dim]`.
         adapters: the tokens that an adapter applies to; empty for a step of base requests alone.
     """
 
     positions: torch.Tensor
-    slot_mapping: torch.Tensor
-    block_tables: torch.Tensor
+    slot_mapping: tuple[torch.Tensor, ...]
+    block_tables: tuple[torch.Tensor, ...]
     kv_lengths: torch.Tensor
     query_start: torch.Tensor
     max_query_len: int

@@ -3,7 +3,8 @@
 // A task is a run of a sequence's query tokens with the query heads of one key/value head: a tile of rows. It walks
 // the keys from position 0 in blocks of KEYS with an online softmax (arXiv 2205.14135), converting each block of keys
 // and values to float32 once for all of its rows. Every row goes through the same operations in the same order
-// wherever it stands in a tile, so a result depends neither on the batch nor on how a prefill was cut.
+// wherever it stands in a tile, so a result depends neither on the batch nor on how a prefill was cut. Under a window it
+// walks from the block of the first key that its first token sees; blocks that a row does not see yet add zeros to it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "attention/products.h"
@@ -35,6 +37,9 @@ struct Batch {
   const int32_t* block_tables;
   int64_t query_token_stride, query_head_stride, block_table_stride;
   int64_t heads, kv_heads, group, head_dim, padded_dim, block_size;
+  int64_t window;  // keys that a query sees, 0 for all before it
+
+  int64_t first_seen(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
   float scale;
 };
 
@@ -111,20 +116,28 @@ void convert_values(const T* const* rows, int64_t head_dim, int64_t padded_dim, 
     for (int64_t d = 0; d < head_dim; d += LANES) store(to + key * padded_dim + d, load(rows[key] + d, head_dim - d));
 }
 
-// Turns a row's scores into weights; `visible` of the block's keys are not in the row's future.
-inline void softmax_block(float* scores, float scale, int64_t visible, float* maximum_so_far, float* sums, float* out, int64_t width) {
+// Turns a row's scores into weights; `visible` of the block's keys are not in the row's future, and under a window
+// the first `passed` of them lie before what it sees.
+template <bool WINDOWED>
+inline void softmax_block(float* scores, float scale, int64_t passed, int64_t visible, float* maximum_so_far, float* sums,
+                          float* out, int64_t width) {
   Floats lane_index;
   for (int lane = 0; lane < LANES; ++lane) lane_index[lane] = static_cast<float>(lane);
   Floats highest = broadcast(-std::numeric_limits<float>::infinity());
   for (int key = 0; key < KEYS; key += LANES) {
-    const Floats seen = lane_index + static_cast<float>(key) < static_cast<float>(visible)
-                            ? load(scores + key) * scale
-                            : broadcast(-std::numeric_limits<float>::infinity());
+    const Floats unseen = broadcast(-std::numeric_limits<float>::infinity());
+    const Floats index = lane_index + static_cast<float>(key);
+    Floats seen = index < static_cast<float>(visible) ? load(scores + key) * scale : unseen;
+    if constexpr (WINDOWED) seen = index < static_cast<float>(passed) ? unseen : seen;
     store(scores + key, seen);
     highest = maximum(highest, seen);
   }
   const float before = *maximum_so_far;
   const float now = std::max(before, maximum_of_lanes(highest));
+  if (WINDOWED && now == -std::numeric_limits<float>::infinity()) {
+    std::fill_n(scores, KEYS, 0.0f);  // not exp2(-inf + inf)
+    return;
+  }
   Floats sum = load(sums);
   if (now > before) {
     const Floats rescale = exp2_of_negative(broadcast(before - now));
@@ -140,17 +153,22 @@ inline void softmax_block(float* scores, float scale, int64_t visible, float* ma
   store(sums, sum);
 }
 
-// Where a block's keys and values lie in the cache. Rows past the length are never read: that memory may hold anything.
+// Where a block's keys and values lie in the cache. Rows past the length, and those before the first key that is seen,
+// are never read: that memory may hold anything.
 template <typename T>
 struct KeyBlock {
   const T* keys[KEYS];
   const T* values[KEYS];
 
-  void find(const Batch<T>& batch, const Task& task, int64_t first_key, int64_t length, const T* zeros) {
-    const int32_t* page = batch.block_tables + task.sequence * batch.block_table_stride + first_key / batch.block_size;
-    int64_t offset = first_key % batch.block_size;
+  void find(const Batch<T>& batch, const Task& task, int64_t first_key, int64_t first_seen, int64_t length, const T* zeros) {
+    const int begin = static_cast<int>(std::max<int64_t>(0, first_seen - first_key));
+    const int64_t from = first_key + begin;
+    const int32_t* page = batch.block_tables + task.sequence * batch.block_table_stride + from / batch.block_size;
+    int64_t offset = from % batch.block_size;
     const int count = static_cast<int>(std::min<int64_t>(KEYS, length - first_key));
-    for (int key = 0; key < count; ++page, offset = 0) {
+    std::fill(keys, keys + begin, zeros);
+    std::fill(values, values + begin, zeros);
+    for (int key = begin; key < count; ++page, offset = 0) {
       const int64_t page_start = (*page * batch.kv_heads + task.kv_head) * batch.block_size;
       for (; key < count && offset < batch.block_size; ++key, ++offset) {
         keys[key] = batch.key_cache + (page_start + offset) * batch.head_dim;
@@ -171,7 +189,7 @@ struct KeyBlock {
   }
 };
 
-template <typename T>
+template <typename T, bool WINDOWED>
 void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
   const int64_t dim = batch.head_dim, padded = batch.padded_dim, rows = task.tokens * batch.group;
   const int64_t depth = Keys<T>::depth(dim);
@@ -201,11 +219,13 @@ void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
   // Few rows take the values as they lie; many convert them once. The arithmetic is the same.
   const bool convert = rows > MICRO_ROWS || padded != dim;
   const int64_t length = task.first_position + task.tokens;  // keys that the tile's last token sees
+  const int64_t first_seen = WINDOWED ? batch.first_seen(task.first_position) : 0;
+  const int64_t start = first_seen / KEYS * KEYS;  // blocks begin at the same keys for every tile
   KeyBlock<T> block, next;
-  next.find(batch, task, 0, length, zeros);
-  for (int64_t first_key = 0; first_key < length; first_key += KEYS) {
+  next.find(batch, task, start, first_seen, length, zeros);
+  for (int64_t first_key = start; first_key < length; first_key += KEYS) {
     block = next;
-    if (first_key + KEYS < length) next.find(batch, task, first_key + KEYS, length, zeros);
+    if (first_key + KEYS < length) next.find(batch, task, first_key + KEYS, first_seen, length, zeros);
     next.prefetch(0, dim);
     Keys<T>::transpose(block.keys, dim, keys);
     next.prefetch(1, dim);
@@ -213,7 +233,8 @@ void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
     next.prefetch(2, dim);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t visible = task.first_position + row / batch.group + 1 - first_key;
-      softmax_block(scores + row * KEYS, scale, visible, maxima + row, sums + row * LANES, out + row * padded, padded);
+      softmax_block<WINDOWED>(scores + row * KEYS, scale, visible - batch.window, visible, maxima + row,
+                              sums + row * LANES, out + row * padded, padded);
     }
     next.prefetch(3, dim);
     if (convert) {
@@ -254,7 +275,8 @@ void run(const Batch<T>& batch, const std::vector<Task>& tasks) {
   const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(tasks.size()));
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local Scratch scratch;
-    for (size_t i = next.fetch_add(1); i < tasks.size(); i = next.fetch_add(1)) attend(batch, tasks[i], scratch);
+    for (size_t i = next.fetch_add(1); i < tasks.size(); i = next.fetch_add(1))
+      batch.window ? attend<T, true>(batch, tasks[i], scratch) : attend<T, false>(batch, tasks[i], scratch);
   });
 }
 
@@ -267,7 +289,8 @@ const int32_t* indices(const Tensor& tensor, int64_t count, const char* what) {
 
 template <typename T>
 void paged_attention_of(const Tensor& out, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                        const Tensor& block_tables, const Tensor& kv_lengths, const Tensor& query_start, double scale) {
+                        const Tensor& block_tables, const Tensor& kv_lengths, const Tensor& query_start, double scale,
+                        std::optional<int64_t> window) {
   const int64_t sequences = block_tables.size(0);
   const int32_t* lengths = indices(kv_lengths, sequences, "kv_lengths must be int32 [sequences]");
   const int32_t* starts = indices(query_start, sequences + 1, "query_start must be int32 [sequences + 1]");
@@ -287,6 +310,8 @@ void paged_attention_of(const Tensor& out, const Tensor& query, const Tensor& ke
   batch.padded_dim = (batch.head_dim + LANES - 1) / LANES * LANES;
   batch.block_size = key_cache.size(2);
   batch.scale = static_cast<float>(scale);
+  batch.window = window.value_or(0);
+  STD_TORCH_CHECK(batch.window >= 0 && (batch.window || !window), "a window must be at least 1");
 
   const int64_t tokens = query.size(0), blocks = key_cache.size(0);
   int64_t granted = 0;
@@ -295,7 +320,7 @@ void paged_attention_of(const Tensor& out, const Tensor& query, const Tensor& ke
     STD_TORCH_CHECK(starts[sequence] == granted && count >= 0 && count <= lengths[sequence] && starts[sequence + 1] <= tokens,
                     "query_start must be prefix sums of the tokens granted");
     STD_TORCH_CHECK(pages <= block_tables.size(1), "a sequence is longer than its block table");
-    for (int64_t page = 0; page < pages; ++page) {
+    for (int64_t page = batch.first_seen(lengths[sequence] - count) / batch.block_size; page < pages; ++page) {
       const int32_t block = batch.block_tables[sequence * batch.block_table_stride + page];
       STD_TORCH_CHECK(block >= 0 && block < blocks, "a block table names a block that the cache does not have");
     }
@@ -307,7 +332,8 @@ void paged_attention_of(const Tensor& out, const Tensor& query, const Tensor& ke
 }
 
 void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                     const Tensor& block_tables, const Tensor& kv_lengths, const Tensor& query_start, double scale) {
+                     const Tensor& block_tables, const Tensor& kv_lengths, const Tensor& query_start, double scale,
+                     std::optional<int64_t> window) {
   const ScalarType dtype = query.scalar_type();
   STD_TORCH_CHECK(out.scalar_type() == dtype && key_cache.scalar_type() == dtype && value_cache.scalar_type() == dtype,
                   "query, caches and output must be of one dtype");
@@ -322,9 +348,9 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
                       (block_tables.size(1) <= 1 || block_tables.stride(1) == 1),
                   "block_tables must be int32 [sequences, blocks]");
   if (dtype == ScalarType::Float)
-    paged_attention_of<float>(out, query, key_cache, value_cache, block_tables, kv_lengths, query_start, scale);
+    paged_attention_of<float>(out, query, key_cache, value_cache, block_tables, kv_lengths, query_start, scale, window);
   else if (dtype == ScalarType::BFloat16)
-    paged_attention_of<BFloat16>(out, query, key_cache, value_cache, block_tables, kv_lengths, query_start, scale);
+    paged_attention_of<BFloat16>(out, query, key_cache, value_cache, block_tables, kv_lengths, query_start, scale, window);
   else
     STD_TORCH_CHECK(false, "paged_attention on a CPU takes float32 and bfloat16");
 }
@@ -334,7 +360,7 @@ void paged_attention(const Tensor& out, const Tensor& query, const Tensor& key_c
 STABLE_TORCH_LIBRARY_FRAGMENT(vlm_serve, m) {
   m.def(
       "paged_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, "
-      "Tensor kv_lengths, Tensor query_start, float scale) -> ()");
+      "Tensor kv_lengths, Tensor query_start, float scale, int? window) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlm_serve, CPU, m) { m.impl("paged_attention", TORCH_BOX(&paged_attention)); }

@@ -12,6 +12,7 @@ def paged_attention(
     query_start: torch.Tensor,
     *,
     scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """As `dispatch.paged_attention`, float32 or bfloat16; `cpp_library.load()` comes first.
 
@@ -19,6 +20,6 @@ def paged_attention(
     """
     out = torch.empty(query.shape, dtype=query.dtype)
     torch.ops.vlm_serve.paged_attention(
-        out, query, key_cache, value_cache, block_tables, kv_lengths, query_start, scale
+        out, query, key_cache, value_cache, block_tables, kv_lengths, query_start, scale, window
     )
     return out

@@ -18,11 +18,12 @@ def paged_attention(
     query_start: torch.Tensor,
     *,
     scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """As `dispatch.paged_attention`; computes in float32, and the output of padding tokens is zero."""
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     for group in _groups(kv_lengths.tolist(), query_start.diff().tolist(), query.shape[1]):
-        _attend(query, key_cache, value_cache, block_tables, kv_lengths, query_start, group, scale, out)
+        _attend(query, key_cache, value_cache, block_tables, kv_lengths, query_start, group, scale, window, out)
     return out
 
 
@@ -53,6 +54,7 @@ def _attend(
     query_start: torch.Tensor,
     group: list[int],
     scale: float,
+    window: int | None,
     out: torch.Tensor,
 ) -> None:
     num_heads, head_dim = query.shape[1:]
@@ -60,23 +62,31 @@ def _attend(
     members = torch.tensor(group, device=query.device)
     starts, lengths = query_start[members].long(), kv_lengths[members].long()
     counts = query_start[members + 1].long() - starts
-    blocks = block_tables[members, : -(-int(lengths.max()) // block_size)].long().clamp(0, key_cache.shape[0] - 1)
+    first_positions = lengths - counts
+    first_seen = torch.zeros_like(lengths) if window is None else (first_positions - window + 1).clamp(min=0)
+    first_block = int(first_seen.min()) // block_size
+    blocks = block_tables[members, first_block : -(-int(lengths.max()) // block_size)].long()
+    blocks = blocks.clamp(0, key_cache.shape[0] - 1)
     num_keys = blocks.shape[1] * block_size
-    key_index = torch.arange(num_keys, device=query.device)
-    # Memory past a sequence's length was never written; it may hold NaN, which a weight of zero would not cancel.
-    unwritten = (key_index >= lengths[:, None])[:, None, :, None]
+    key_index = torch.arange(first_block * block_size, first_block * block_size + num_keys, device=query.device)
+    # Memory past a sequence's length was never written, and what lies before its windows may be another's by now: it
+    # may hold NaN, which a weight of zero would not cancel.
+    foreign = ((key_index >= lengths[:, None]) | (key_index < first_seen[:, None]))[:, None, :, None]
 
     def gather(cache: torch.Tensor) -> torch.Tensor:
         pages = cache[blocks].float().transpose(1, 2).reshape(len(group), num_kv_heads, num_keys, head_dim)
-        return pages.masked_fill(unwritten, 0.0)
+        return pages.masked_fill(foreign, 0.0)
 
     offset = torch.arange(int(counts.max()), device=query.device)
     present = offset < counts[:, None]
     token = (starts[:, None] + offset).clamp(max=query.shape[0] - 1)
-    future = key_index > (lengths - counts)[:, None, None] + offset[:, None]
+    positions = first_positions[:, None, None] + offset[:, None]
+    hidden = key_index > positions
+    if window is not None:
+        hidden |= key_index <= positions - window
     shape = (len(group), len(offset), num_kv_heads, num_heads // num_kv_heads, head_dim)
     padded = query[token].float().reshape(shape).transpose(1, 2).flatten(2, 3)
     scores = (padded @ gather(key_cache).transpose(2, 3)).unflatten(2, (len(offset), -1)).mul_(scale)
-    weights = scores.masked_fill_(future[:, None, :, None, :], -torch.inf).softmax(dim=-1).flatten(2, 3)
+    weights = scores.masked_fill_(hidden[:, None, :, None, :], -torch.inf).softmax(dim=-1).flatten(2, 3)
     attended = (weights @ gather(value_cache)).unflatten(2, (len(offset), -1)).transpose(1, 2).flatten(2, 3)
     out[token[present]] = attended[present].to(out.dtype)

@@ -28,12 +28,16 @@ def paged_attention_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
-    """Grid `(T // TILE_TOKENS + S, kv_heads)`: sequence s owns the tiles from `query_start[s] // TILE_TOKENS + s`."""
+    """Grid `(T // TILE_TOKENS + S, kv_heads)`: sequence s owns the tiles from `query_start[s] // TILE_TOKENS + s`.
+
+    `WINDOW` is how many keys a query sees, 0 for all before it.
+    """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     num_heads = tl.num_programs(1) * GROUP
@@ -76,9 +80,14 @@ def paged_attention_kernel(
     total = tl.zeros([TILE_ROWS], tl.float32)
     attended = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
     first_key = 0
+    first_seen = 0
+    if WINDOW > 0:
+        first_seen = tl.maximum(length - granted + first_token - WINDOW + 1, 0)
+        # Tiles of keys begin at the same places for every tile of queries, so that a cut changes no bit.
+        first_key = first_seen // TILE_KEYS * TILE_KEYS
     while first_key < visible:
         key_position = first_key + tl.arange(0, TILE_KEYS)
-        key_used = key_position < visible
+        key_used = (key_position >= first_seen) & (key_position < visible)
         block = tl.load(table_ptr + key_position // BLOCK_SIZE, mask=key_used, other=0).to(tl.int64)
         offset = block * cache_block_stride + head_offset + (key_position % BLOCK_SIZE) * HEAD_DIM
         # Masked loads: cache memory that was never written may hold NaN, which a weight of zero would not cancel.
@@ -89,23 +98,33 @@ def paged_attention_kernel(
             value_cache_ptr + offset[:, None] + dim[None, :], mask=key_used[:, None] & dim_used[None, :], other=0.0
         )
         scores = tl.dot(query, keys, input_precision="ieee") * scale_log2
-        # Unused rows see key 0 as well, so that no row's maximum stays -inf.
+        # Without a window unused rows see key 0 as well, so that no row's maximum stays -inf.
         seen = key_position[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (key_position[None, :] > position[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         now_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - now_highest[:, None])
-        rescale = tl.exp2(highest - now_highest)
+        base = now_highest
+        if WINDOW > 0:
+            # A row may see none of the first keys yet: all of its weights are 0 then, not exp2(-inf + inf).
+            base = tl.where(now_highest == float("-inf"), 0.0, now_highest)
+        weights = tl.exp2(scores - base[:, None])
+        rescale = tl.exp2(highest - base)
         total = total * rescale + tl.sum(weights, axis=1)
         attended = attended * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         highest = now_highest
         first_key += TILE_KEYS
 
     out_offset = (flat_token * num_heads + head) * HEAD_DIM
+    if WINDOW > 0:
+        total = tl.where(total == 0.0, 1.0, total)  # of rows that are not used
     result = attended / total[:, None]
     tl.store(out_ptr + out_offset[:, None] + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=used)
 
 
-def tile_sizes(group: int, head_dim: int, block_size: int, max_query_len: int, dtype: torch.dtype) -> dict[str, int]:
+def tile_sizes(
+    group: int, head_dim: int, block_size: int, max_query_len: int, dtype: torch.dtype, window: int | None = None
+) -> dict[str, int]:
     """The kernel's compile-time constants for a model and the longest grant of a batch."""
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     # Exact float32 products are unrolled to single multiplications, which takes the compiler long for a large tile.
@@ -115,6 +134,7 @@ def tile_sizes(group: int, head_dim: int, block_size: int, max_query_len: int, d
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
+        "WINDOW": window or 0,
         "TILE_TOKENS": rows // group,
         "TILE_ROWS": rows,
         # Keys and values of a tile, twice buffered, stay within the shared memory of a small GPU.
@@ -133,6 +153,7 @@ def paged_attention(
     *,
     scale: float,
     max_query_len: int,
+    window: int | None = None,
 ) -> torch.Tensor:
     """As `dispatch.paged_attention`; the output of padding tokens is zero."""
     num_tokens, num_heads, head_dim = query.shape
@@ -141,7 +162,7 @@ def paged_attention(
     assert value_cache.is_contiguous()
     assert query.stride(2) == 1
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    sizes = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, max_query_len, query.dtype)
+    sizes = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, max_query_len, query.dtype, window)
     num_sequences = kv_lengths.shape[0]
     grid = (num_tokens // sizes["TILE_TOKENS"] + num_sequences, num_kv_heads)
     paged_attention_kernel[grid](
