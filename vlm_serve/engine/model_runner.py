@@ -4,14 +4,17 @@ Every sequence has a permanent row in arrays on the host; a step is gathered fro
 loop over sequences' tensors.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from vlm_serve.engine.batch import ImageKey, NewRow, PlacedImage, ScheduledBatch
+from vlm_serve.engine.batch import ImageKey, NewRow, PlacedImage, ScheduledBatch, StepResult
 from vlm_serve.engine.kv_cache import KVCache
-from vlm_serve.engine.sampler import SamplingRows, sample
+from vlm_serve.engine.sampling_head import SamplingHead
+from vlm_serve.engine.structured import Structures
 from vlm_serve.families.base import VisionLanguageModel
 from vlm_serve.layers.context import AdapterSegment, ForwardContext
 from vlm_serve.layers.linear import Linear
@@ -28,6 +31,7 @@ class ModelRunner:
         kv_cache: the blocks.
         max_rows, max_model_len: sizes of the row arrays.
         adapters: in host memory, by digest.
+        load_structures: for requests with a grammar; called for the first of them.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class ModelRunner:
         max_rows: int,
         max_model_len: int,
         adapters: Mapping[str, AdapterWeights],
+        load_structures: Callable[[], Structures],
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
@@ -49,21 +54,18 @@ class ModelRunner:
         self._embeddings: dict[ImageKey, torch.Tensor] = {}
         max_blocks = -(-max_model_len // self.block_size)
         self._tokens = np.zeros((max_rows, max_model_len), dtype=np.int64)
-        self._tables = np.zeros((max_rows, max_blocks), dtype=np.int32)
+        num_groups = len(model.decoder.config.layer_groups)
+        self._tables = np.zeros((num_groups, max_rows, max_blocks), dtype=np.int32)
         self._table_lengths = np.zeros(max_rows, dtype=np.int64)
         self._images: list[tuple[PlacedImage, ...]] = [()] * max_rows
         self._images_end = np.zeros(max_rows, dtype=np.int64)
-        self._prompt_lengths = np.zeros(max_rows, dtype=np.int64)
         self._adapter_slots = np.full(max_rows, NO_ADAPTER, dtype=np.int64)
-        self._temperature = np.zeros(max_rows)
-        self._top_k = np.zeros(max_rows, dtype=np.int64)
-        self._top_p = np.ones(max_rows)
-        self._draws = np.zeros(max_rows, dtype=np.uint64)
+        self._head = SamplingHead(model.decoder, self._tokens, load_structures)
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> np.ndarray:
-        """Computes one step; returns the tokens drawn, int64, for the rows with `batch.samples` in order."""
-        self._take_in(batch)
+    def run(self, batch: ScheduledBatch) -> StepResult:
+        """Computes one step."""
+        encoder_seconds = self._take_in(batch)
         query_start = np.zeros(len(batch.rows) + 1, dtype=np.int32)
         np.cumsum(batch.counts, out=query_start[1:])
         flat_rows = np.repeat(batch.rows, batch.counts)
@@ -71,19 +73,13 @@ class ModelRunner:
         context = self._context(batch, query_start, flat_rows, positions)
         embeddings = self._embed(batch, query_start, self._tokens[flat_rows, positions])
         hidden = self.model.decoder(embeddings, context)
-        sampled = batch.rows[batch.samples]
-        if not len(sampled):
-            return np.empty(0, dtype=np.int64)
-        last = self._put(query_start[1:][batch.samples].astype(np.int64) - 1)
-        lengths = (batch.starts + batch.counts)[batch.samples]
-        logits = self.model.decoder.logits(hidden[last])
-        tokens: np.ndarray = sample(logits, self._sampling(sampled, lengths)).cpu().numpy()
-        fits = lengths < self._tokens.shape[1]  # the very last token is never fed back
-        self._tokens[sampled[fits], lengths[fits]] = tokens[fits]
-        return tokens
+        result = self._head.finish(batch, query_start, hidden)
+        return replace(result, encoder_seconds=encoder_seconds) if batch.encode else result
 
-    def _take_in(self, batch: ScheduledBatch) -> None:
-        """Brings rows, blocks, adapters and image embeddings to the state that the batch counts on."""
+    def _take_in(self, batch: ScheduledBatch) -> float:
+        """Brings rows, blocks, adapters and image embeddings to the state that the batch counts on; returns the
+        seconds that the images took.
+        """
         for key in batch.evict_images:  # the first: it holds even if something after it fails
             self._embeddings.pop(key, None)
         for new_row in batch.new_rows:
@@ -91,13 +87,20 @@ class ModelRunner:
         for row, blocks in zip(batch.rows.tolist(), batch.new_blocks, strict=True):
             if blocks:
                 length = self._table_lengths[row]
-                self._tables[row, length : length + len(blocks)] = blocks
+                self._tables[:, row, length : length + len(blocks)] = np.array(blocks, dtype=np.int32).T
                 self._table_lengths[row] += len(blocks)
         for slot, digest in batch.load_adapters:
             self._load_adapter(slot, self._adapters[digest])
-        if batch.encode:
-            keys, inputs = zip(*batch.encode, strict=True)
-            self._embeddings.update(zip(keys, self.model.encode_images(inputs), strict=True))
+        self._head.write_drafts(batch)
+        return self._encode(batch) if batch.encode else 0.0
+
+    def _encode(self, batch: ScheduledBatch) -> float:
+        began = time.perf_counter()
+        keys, inputs = zip(*batch.encode, strict=True)
+        self._embeddings.update(zip(keys, self.model.encode_images(inputs), strict=True))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # to tell the images' time from the decoder's
+        return time.perf_counter() - began
 
     def _start_row(self, new: NewRow) -> None:
         row = new.row
@@ -105,12 +108,8 @@ class ModelRunner:
         self._table_lengths[row] = 0
         self._images[row] = new.images
         self._images_end[row] = max((image.offset + image.length for image in new.images), default=0)
-        self._prompt_lengths[row] = new.prompt_len
         self._adapter_slots[row] = NO_ADAPTER if new.adapter_slot is None else new.adapter_slot
-        self._temperature[row] = new.sampling.temperature
-        self._top_k[row] = new.sampling.top_k
-        self._top_p[row] = new.sampling.top_p
-        self._draws[row] = new.draw
+        self._head.start(new)
 
     def _load_adapter(self, slot: int, weights: AdapterWeights) -> None:
         for parent, linear in self._linears:
@@ -129,11 +128,12 @@ class ModelRunner:
     ) -> ForwardContext:
         kv_lengths = batch.starts + batch.counts
         max_blocks = -(-int(kv_lengths.max()) // self.block_size)
-        blocks = self._tables[flat_rows, positions // self.block_size].astype(np.int64)
+        blocks = self._tables[:, flat_rows, positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
         return ForwardContext(
             positions=self._put(positions),
-            slot_mapping=self._put(blocks * self.block_size + positions % self.block_size),
-            block_tables=self._put(self._tables[batch.rows, :max_blocks]),
+            slot_mapping=self._put(np.ascontiguousarray(slots)).unbind(),
+            block_tables=self._put(np.ascontiguousarray(self._tables[:, batch.rows, :max_blocks])).unbind(),
             kv_lengths=self._put(kv_lengths.astype(np.int32)),
             query_start=self._put(query_start),
             max_query_len=int(batch.counts.max()),
@@ -169,15 +169,6 @@ class ModelRunner:
             # By index and not by the mask itself, whose count a GPU would have to tell the host first.
             embeddings.index_copy_(0, self._put(is_image.nonzero()[0]), torch.cat(pieces))
         return embeddings
-
-    def _sampling(self, rows: np.ndarray, lengths: np.ndarray) -> SamplingRows:
-        return SamplingRows(
-            temperature=self._temperature[rows],
-            top_k=self._top_k[rows],
-            top_p=self._top_p[rows],
-            draws=self._draws[rows],
-            indices=lengths - self._prompt_lengths[rows],
-        )
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -21,6 +21,7 @@ class SamplingRows:
         temperature: float `[n]`, below `GREEDY_BELOW` for greedy.
         top_k: int64 `[n]`, 0 or less for every token.
         top_p: float `[n]`.
+        min_p: float `[n]`, 0 for every token.
         draws: uint64 `[n]`, the seed of each row.
         indices: int64 `[n]`, which token of its answer each row draws.
     """
@@ -28,6 +29,7 @@ class SamplingRows:
     temperature: np.ndarray
     top_k: np.ndarray
     top_p: np.ndarray
+    min_p: np.ndarray
     draws: np.ndarray
     indices: np.ndarray
 
@@ -54,16 +56,18 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         members_logits = logits[index]
         highest = members_logits.amax(dim=-1, keepdim=True)
         scaled = (members_logits - highest) / on_device(rows.temperature).float()
-        tokens[index] = draw(scaled, on_device(uniforms), on_device(rows.top_k), on_device(rows.top_p))
+        tokens[index] = draw(scaled, *(on_device(part) for part in (uniforms, rows.min_p, rows.top_k, rows.top_p)))
     return tokens
 
 
-def _draw(scaled: torch.Tensor, uniform: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    return _invert(torch.softmax(scaled, dim=-1), uniform)
+def _draw(
+    scaled: torch.Tensor, uniform: torch.Tensor, min_p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    return _invert(torch.softmax(scaled, dim=-1).masked_fill_(_is_below(scaled, min_p), 0.0), uniform)
 
 
 def _draw_filtered(
-    scaled: torch.Tensor, uniform: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+    scaled: torch.Tensor, uniform: torch.Tensor, min_p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> torch.Tensor:
     """Top-k first, then top-p over what it left: the smallest set of tokens whose mass reaches `top_p`."""
     ordered, token_ids = torch.sort(scaled, dim=-1, descending=True, stable=True)
@@ -71,16 +75,24 @@ def _draw_filtered(
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), float("-inf"))
     probabilities = torch.softmax(ordered, dim=-1)
     mass_before = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
-    probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)
+    probabilities = probabilities.masked_fill((mass_before >= top_p) | _is_below(ordered, min_p), 0.0)
     # The most likely token always stays, however small top_p is.
     probabilities[:, 0].clamp_(min=torch.finfo(probabilities.dtype).tiny)
     return token_ids.gather(1, _invert(probabilities, uniform)[:, None])[:, 0]
 
 
+def _is_below(scaled: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Where a token has less than `min_p` of the most likely one's probability, whose scaled logit is 0."""
+    return scaled < min_p.log().float()
+
+
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The index at which the running sum of `weights` `[n, vocab]` passes `uniform` of the total."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    total = cumulative[:, -1:]
+    # Below the total even when rounded, so that none with weight 0 is found.
+    passed = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, passed, right=True)[:, 0]
     return index.clamp(max=weights.shape[-1] - 1)
 
 
