@@ -45,9 +45,10 @@ class EngineConfig:
     """How the engine batches and caches. Tokens, unless a name says bytes.
 
     `max_model_len` None is the model's own context, cut to what the KV cache holds. `kv_cache_memory` is
-    in bytes; None is 1 GiB on a CPU and nine tenths of what the weights leave free on a GPU.
+    in bytes, or as a float the share of what the weights leave free on a GPU; None is 1 GiB on a CPU and 0.9 on a GPU.
     `max_num_batched_tokens` is the budget of one step; `max_encoder_tokens` the image tokens that may be
-    encoded in one; `encoder_cache_tokens` those kept.
+    encoded in one; `encoder_cache_tokens` those kept. `speculative_tokens` is how many tokens of an answer are
+    guessed at once from the prompt and what is there of the answer; 0 guesses none.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -55,12 +56,13 @@ class EngineConfig:
 
     max_model_len: int | None = None
     block_size: int = 16
-    kv_cache_memory: int | None = None
+    kv_cache_memory: int | float | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_encoder_tokens: int = 1024
     encoder_cache_tokens: int = 16_384
     enable_prefix_caching: bool = True
+    speculative_tokens: int = 0
     max_adapters: int = 8
     max_adapter_rank: int = 64
 
@@ -76,6 +78,8 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1.")
+        if isinstance(self.kv_cache_memory, float) and not 0 < self.kv_cache_memory <= 1:
+            raise ConfigurationError("kv_cache_memory as a share must be above 0 and at most 1.")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigurationError("max_model_len must be at least 2: a token of prompt and one of answer.")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -115,13 +119,17 @@ class IngestConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """The HTTP face. `max_body_bytes` bounds a JSON body, `max_images` the image parts of one request."""
+    """The HTTP face. `max_body_bytes` bounds a JSON body, `max_images` the image parts of one request.
+
+    `api_keys` is a file that says which key is whose; without it there are no keys and one tenant.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 64 * MIB
     max_images: int = 128
     max_waiting_requests: int = 256
+    api_keys: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@
     ├── InputError                    what the caller sent; the caller can mend it
     │   ├── InvalidRequestError       a field or a combination of fields
     │   │   └── ContextLengthError    longer than the model can hold
+    │   ├── AuthenticationError       no key, or one that the server does not know
+    │   ├── PermissionDeniedError     the key does not allow it
     │   ├── ModelNotFoundError        no base model or adapter of that name
     │   ├── PayloadTooLargeError      past a limit of size
     │   └── ImageError                an image or DICOM file
@@ -17,6 +19,7 @@
     └── ServiceError                  the server could not do its part
         ├── OverloadedError           a queue is full; try again later
         ├── EngineDeadError           the engine process is gone
+        ├── PoisonedRequestError      this request ends the engine process each time it runs
         └── RequestFailedError        a fault inside the engine ended this request
 
 A message says what is wrong and what to do. It never carries patient data: no attribute values of a
@@ -43,6 +46,14 @@ class InvalidRequestError(InputError):
 
 class ContextLengthError(InvalidRequestError):
     """The prompt, with the answer asked for, is longer than the model or its cache can hold."""
+
+
+class AuthenticationError(InputError):
+    """The request names no key, or one that is in no entry of the server's file of keys."""
+
+
+class PermissionDeniedError(InputError):
+    """The request's key is good, but what it asks for needs a permission that the key has not."""
 
 
 class ModelNotFoundError(InputError):
@@ -95,6 +106,10 @@ class OverloadedError(ServiceError):
 
 class EngineDeadError(ServiceError):
     """The engine process has ended."""
+
+
+class PoisonedRequestError(ServiceError):
+    """This request has ended the engine process twice when it ran alone; it is not run again."""
 
 
 class RequestFailedError(ServiceError):

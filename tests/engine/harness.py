@@ -15,7 +15,7 @@ import torch
 
 from vlm_serve.clinical.image import ClinicalImage, ImageReceipt
 from vlm_serve.config import EngineConfig, ModelConfig
-from vlm_serve.engine.batch import ScheduledBatch
+from vlm_serve.engine.batch import ScheduledBatch, StepResult
 from vlm_serve.engine.engine import Engine
 from vlm_serve.families import load_family
 from vlm_serve.families.base import Prompt
@@ -65,16 +65,16 @@ class Harness:
     def _keep_hidden(self, module: Any, arguments: Any, hidden: torch.Tensor) -> None:
         self._hidden = hidden
 
-    def _record(self, batch: ScheduledBatch) -> np.ndarray:
+    def _record(self, batch: ScheduledBatch) -> StepResult:
         """Runs a batch and keeps the logits of all its positions, not of the last ones alone."""
-        tokens = self._run_batch(batch)
+        result = self._run_batch(batch)
         self.steps.append(batch)
         with torch.inference_mode():
             logits = iter(self.engine.runner.model.decoder.logits(self._hidden).cpu())
         for row, start, count in zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True):
             run = self._runs[self.engine.scheduler._by_row[row].request.request_id]
             run.logits.update((position, next(logits)) for position in range(start, start + count))
-        return tokens
+        return result
 
     def set(self, **config: Any) -> None:
         """Changes settings of the scheduler that is there."""

@@ -10,15 +10,35 @@ def image(seed: int, num_tokens: int = 4) -> ImageInputs:
     return ImageInputs.create({"pixel_values": pixels}, (1, num_tokens), num_tokens)
 
 
-def request(name, tokens, *, images=(), max_tokens=4, adapter=None, salt="", eos=()) -> Request:
-    """`tokens` is a prompt or its length; `images` are (offset, ImageInputs)."""
+def request(
+    name,
+    tokens,
+    *,
+    images=(),
+    max_tokens=4,
+    adapter=None,
+    salt="",
+    eos=(),
+    tenant="",
+    priority=0,
+    pooling=False,
+    bad_word_ids=(),
+    grammar=None,
+    **sampling,
+) -> Request:
+    """`tokens` is a prompt or its length; `images` are (offset, ImageInputs); the rest is of `SamplingParams`."""
     token_ids = tuple(range(tokens)) if isinstance(tokens, int) else tuple(tokens)
     return Request(
         request_id=str(name),
         token_ids=token_ids,
-        sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
+        sampling=SamplingParams(max_tokens=max_tokens, **({"temperature": 0} | sampling)),
         images=tuple(ImageSpan(offset, inputs) for offset, inputs in images),
         adapter=adapter,
         cache_salt=salt,
+        tenant=tenant,
+        priority=priority,
         eos_token_ids=eos,
+        bad_word_ids=bad_word_ids,
+        grammar=grammar,
+        pooling=pooling,
     )

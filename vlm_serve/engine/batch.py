@@ -4,14 +4,22 @@ It holds no `Sequence`, so that it can cross to another process, and so that the
 scheduled while this one runs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlm_serve.types import ImageInputs, SamplingParams
+from vlm_serve.types import ImageInputs, SamplingParams, TokenLogprobs
 
 ImageKey = tuple[str, str]
 """An image's digest and its tenant's salt: the key of its embeddings."""
+
+
+TableEntry = tuple[int, ...]
+"""An entry of a block table: the blocks of some tokens, one of each group of layers, or `NULL_BLOCK`."""
+
+NULL_BLOCK = -1
+"""Stands for a block that a window has passed and that was given back; no kernel reads through it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,10 @@ class NewRow:
     sampling: SamplingParams
     draw: int
     adapter_slot: int | None
+    eos_token_ids: tuple[int, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
+    pooling: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +62,12 @@ class ScheduledBatch:
         counts: int64 `[S]`, tokens granted now.
         samples: bool `[S]`, whether the last granted token is the last one known, so that the next is drawn.
         new_rows: the sequences among them that the runner has not seen.
-        new_blocks: for each of the S, the blocks added to its table in this step.
+        new_blocks: for each of the S, the entries added to its block table in this step.
         encode: images to encode now, by key.
         evict_images: embeddings to drop first.
         load_adapters: `(slot, digest)` to copy to the device first.
+        drafts: for each of the S, the guessed tokens at the end of those granted; empty where none is guessed. They
+            count in `counts` and lie past the known tokens.
     """
 
     rows: np.ndarray
@@ -61,11 +75,35 @@ class ScheduledBatch:
     counts: np.ndarray
     samples: np.ndarray
     new_rows: tuple[NewRow, ...] = ()
-    new_blocks: tuple[tuple[int, ...], ...] = ()
+    new_blocks: tuple[tuple[TableEntry, ...], ...] = ()
     encode: tuple[tuple[ImageKey, ImageInputs], ...] = ()
     evict_images: tuple[ImageKey, ...] = ()
     load_adapters: tuple[tuple[int, str], ...] = ()
+    drafts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return int(self.counts.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the model runner made of a batch.
+
+    Args:
+        tokens: for each sequence with `batch.samples`, in order, the tokens drawn: one, and one more for each of its
+            drafts that was right. None for a sequence that pools or failed.
+        logprobs: parallel to `tokens`, with nothing for a sequence that did not ask; empty where none did.
+        prompt_logprobs: for each of the S, the entries of those positions of its prompt that this step gives them for,
+            nothing for one that did not ask; empty where none did.
+        embeddings: by row, float32 `[hidden_size]`, of the sequences with `batch.samples` that pool.
+        failed: by row, why an answer cannot go on, in words for the caller; such a sequence has no tokens.
+        encoder_seconds: that the images of the batch took.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    embeddings: Mapping[int, np.ndarray] = field(default_factory=dict)
+    failed: Mapping[int, str] = field(default_factory=dict)
+    encoder_seconds: float = 0.0

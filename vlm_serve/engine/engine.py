@@ -14,9 +14,10 @@ import torch
 from vlm_serve.config import EngineConfig, ModelConfig
 from vlm_serve.decoders.config import DecoderConfig
 from vlm_serve.engine.batch import ScheduledBatch
-from vlm_serve.engine.kv_cache import KVCache, bytes_per_token, plan_blocks
+from vlm_serve.engine.kv_cache import KVCache, KVPlan, plan_blocks
 from vlm_serve.engine.model_runner import ModelRunner, adaptable_linears
 from vlm_serve.engine.scheduler import Scheduler
+from vlm_serve.engine.structured import Structures
 from vlm_serve.errors import ConfigurationError
 from vlm_serve.families.base import ModelFamily
 from vlm_serve.kernels import dispatch
@@ -42,6 +43,8 @@ class Engine:
     def __init__(self, scheduler: Scheduler, runner: ModelRunner) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.on_batch: Callable[[tuple[str, ...]], None] = lambda request_ids: None
+        """Told which requests are in a step before it is run."""
 
     @classmethod
     def build(
@@ -69,11 +72,11 @@ class Engine:
         with _phase(f"weights ({str(dtype).removeprefix('torch.')}, {device})", on_phase):
             model = family.build(dtype, device)
             pack_linears(model)
-        with _phase("kv cache", on_phase):
-            decoder_config = family.decoder_config
-            num_blocks = plan_blocks(decoder_config, config.block_size, dtype, device, config.kv_cache_memory)
-            max_model_len = plan_context(decoder_config, config, num_blocks, dtype)
-            kv_cache = KVCache.allocate(decoder_config, num_blocks, config.block_size, dtype, device)
+        decoder_config = family.decoder_config
+        plan = plan_blocks(decoder_config, config, dtype, device)
+        max_model_len = plan_context(decoder_config, config, plan)
+        with _phase(f"kv cache ({plan.describe(max_model_len)})", on_phase):
+            kv_cache = KVCache.allocate(decoder_config, plan.num_blocks, config.block_size, dtype, device)
         with _phase(f"adapters ({len(adapters)})", on_phase):
             shapes = {
                 f"{parent}.{part}": (linear.whole_in_features, width)
@@ -87,9 +90,17 @@ class Engine:
                 for adapter in adapters
             }
         runner = ModelRunner(
-            model, kv_cache, max_rows=config.max_num_seqs, max_model_len=max_model_len, adapters=weights
+            model,
+            kv_cache,
+            max_rows=config.max_num_seqs,
+            max_model_len=max_model_len,
+            adapters=weights,
+            load_structures=lambda: Structures(
+                family.backend_tokenizer, decoder_config.vocab_size, family.eos_token_ids
+            ),
         )
-        return cls(Scheduler(config, num_blocks=num_blocks, max_model_len=max_model_len), runner)
+        scheduler = Scheduler(config, num_blocks=plan.num_blocks, max_model_len=max_model_len, windows=plan.windows)
+        return cls(scheduler, runner)
 
     @property
     def max_model_len(self) -> int:
@@ -111,9 +122,9 @@ class Engine:
         """
         self.scheduler.add(request)
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request and gives back what it holds; no output follows."""
-        self.scheduler.abort(request_id)
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its answers, and gives back what it holds; no output follows."""
+        self.scheduler.abort(request_id, index)
 
     def step(self) -> StepOutput:
         """One step: the next batch is scheduled, run and taken in.
@@ -123,14 +134,16 @@ class Engine:
         batch = self.scheduler.schedule()
         if batch is None:
             return StepOutput((), self.stats)
+        self.on_batch(self.scheduler.request_ids(batch))
         try:
-            tokens = self.runner.run(batch)
+            result = self.runner.run(batch)
         except BaseException as error:
             outputs = self._recover(batch, error)
             if isinstance(error, torch.AcceleratorError) or not isinstance(error, Exception):
                 raise  # a device that has failed once fails for good; an interrupt is the caller's
             return StepOutput(outputs, self.stats)
-        return StepOutput(self.scheduler.update(batch, tokens), self.stats)
+        outputs = self.scheduler.update(batch, result)
+        return StepOutput(outputs, self.stats, batch.num_tokens, len(batch.encode), result.encoder_seconds)
 
     def _recover(self, batch: ScheduledBatch, error: BaseException) -> tuple[TokenOutput, ...]:
         """A fault ends one request: those of a step that failed are run again one at a time, to find it."""
@@ -179,19 +192,19 @@ def _cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def plan_context(decoder: DecoderConfig, config: EngineConfig, num_blocks: int, dtype: torch.dtype) -> int:
+def plan_context(decoder: DecoderConfig, config: EngineConfig, plan: KVPlan) -> int:
     """The longest prompt with its answer: what was asked for, or what the model and the cache hold.
 
     Raises:
         ConfigurationError: more was asked for than either holds.
     """
-    room = num_blocks * config.block_size
+    room = plan.longest(decoder.max_positions)
     if config.max_model_len is None:
-        return min(decoder.max_positions, room)
+        return room
     if config.max_model_len > decoder.max_positions:
         raise ConfigurationError(f"--max-model-len is {config.max_model_len}; the model has {decoder.max_positions}.")
     if config.max_model_len > room:
-        needed = config.max_model_len * bytes_per_token(decoder, dtype)
+        needed = plan.blocks_of(config.max_model_len) * plan.block_bytes
         raise ConfigurationError(
             f"A context of {config.max_model_len} tokens takes {needed} bytes of KV cache; it holds {room} tokens. "
             "Raise --kv-cache-memory or lower --max-model-len."

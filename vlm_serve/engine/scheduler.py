@@ -1,53 +1,70 @@
 """Which tokens of which sequences are computed in the next step.
 
-There are no prefill and decode phases: a sequence has `computed` of its known tokens, and a step grants
-tokens under one budget, to running sequences first, then to waiting ones, first come first served.
+There are no prefill and decode phases: a sequence has `computed` of its known tokens, and a step grants tokens under
+one budget. Class by class, the better first, running sequences go before waiting ones (`waiting.py` has their order).
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 
 from vlm_serve.config import EngineConfig
-from vlm_serve.engine.batch import ImageKey, NewRow, PlacedImage, ScheduledBatch
+from vlm_serve.engine.admission import check_request
+from vlm_serve.engine.batch import ScheduledBatch, StepResult, TableEntry
 from vlm_serve.engine.block_manager import BlockManager
 from vlm_serve.engine.encoder_cache import EncoderCache
-from vlm_serve.engine.sequence import Sequence
-from vlm_serve.errors import ContextLengthError, InvalidRequestError
+from vlm_serve.engine.image_grants import grant_images, unpin_images, unpin_passed_images
+from vlm_serve.engine.sequence import RequestRun, Sequence
+from vlm_serve.engine.step import Step
+from vlm_serve.engine.waiting import Neglect, WaitingQueue
+from vlm_serve.errors import InvalidRequestError
 from vlm_serve.lora.store import AdapterSlots
-from vlm_serve.types import EngineStats, FinishReason, ImageInputs, Request, TokenOutput
+from vlm_serve.types import EngineStats, FinishReason, Request, TokenLogprobs, TokenOutput
 
+PATIENCE = 64
+"""Steps for which one who finds no room lets others pass who do; then it is they who wait."""
 
-@dataclass(slots=True)
-class _Step:
-    """One step while it is put together."""
-
-    budget: int
-    encoder_budget: int
-    granted: list[tuple[Sequence, int, tuple[int, ...]]] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    encode: dict[ImageKey, ImageInputs] = field(default_factory=dict)
-    evict_images: list[ImageKey] = field(default_factory=list)
-    load_adapters: list[tuple[int, str]] = field(default_factory=list)
-    preempted: bool = False
+MAX_PREEMPTIONS = 4
+"""How often a sequence gives way to a better class before it joins it."""
 
 
 class Scheduler:
-    """Queues, rows and budgets. It owns the books of blocks, image embeddings and adapter slots."""
+    """Queue, rows and budgets. It owns the books of blocks, image embeddings and adapter slots."""
 
-    def __init__(self, config: EngineConfig, *, num_blocks: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        windows: tuple[int | None, ...] = (None,),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.config = config
         self.max_model_len = max_model_len
-        self.blocks = BlockManager(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.blocks = BlockManager(
+            num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            windows=windows,
+            max_chunk=config.max_num_batched_tokens,
+        )
         self.images = EncoderCache(config.encoder_cache_tokens)
         self.adapters = AdapterSlots(config.max_adapters)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        """In the order in which they took their rows."""
         self.num_preemptions = 0
+        self.num_drafted = 0
+        self.num_accepted = 0
+        self._clock = clock
+        self._arrivals = 0
         self._free_rows = list(range(config.max_num_seqs))[::-1]
         self._by_row: dict[int, Sequence] = {}
-        self._by_id: dict[str, Sequence] = {}
+        self._runs: dict[str, RequestRun] = {}
+        self._neglect = Neglect(PATIENCE)
 
     @property
     def has_work(self) -> bool:
@@ -57,82 +74,64 @@ class Scheduler:
         """Queues a request.
 
         Raises:
-            ContextLengthError: prompt and answer do not fit in the context.
-            InvalidRequestError: an empty prompt, an image larger than the encoder cache, an id in use.
+            InvalidRequestError: it can never be served (see `check_request`), or its id is in use.
         """
-        prompt_len, max_tokens = len(request.token_ids), request.sampling.max_tokens
-        if prompt_len == 0:
-            raise InvalidRequestError("The prompt is empty.", param="messages")
-        if request.request_id in self._by_id:
+        if request.request_id in self._runs:
             raise InvalidRequestError("A request with this id is running.", param="request_id")
-        room = self.max_model_len - prompt_len
-        if room < 1 or (max_tokens is not None and max_tokens > room):
-            raise ContextLengthError(
-                f"The prompt has {prompt_len} tokens and {max_tokens or 'at least 1'} may be generated; the context "
-                f"holds {self.max_model_len}. Shorten the prompt, send fewer images or lower max_tokens.",
-                param="messages" if room < 1 else "max_tokens",
-            )
-        largest = max((span.inputs.num_tokens for span in request.images), default=0)
-        if largest > self.images.capacity:
-            raise InvalidRequestError(
-                f"An image takes {largest} tokens; the encoder cache holds {self.images.capacity}. "
-                "Send a smaller image.",
-                param="messages",
-            )
-        sequence = Sequence.create(request, room if max_tokens is None else max_tokens)
-        self._by_id[request.request_id] = sequence
-        self.waiting.append(sequence)
+        max_tokens = check_request(request, max_model_len=self.max_model_len, max_image_tokens=self.images.capacity)
+        run = RequestRun(arrival=self._arrivals, arrived=self._clock())
+        self._arrivals += 1
+        self._runs[request.request_id] = run
+        for index in range(1 if request.pooling else request.sampling.n):
+            self.waiting.arrive(Sequence.create(request, max_tokens, index=index, run=run))
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request at whatever stage it is; an unknown id has already ended."""
-        if sequence := self._by_id.get(request_id):
-            if sequence.row is None:
-                self.waiting.remove(sequence)
-            self._finish(sequence, FinishReason.ABORT)
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its answers, at whatever stage it is; what is unknown has already ended."""
+        if run := self._runs.get(request_id):
+            for sequence in list(run.answers):
+                if index is None or sequence.index == index:
+                    self._finish(sequence, FinishReason.ABORT)
 
     def schedule(self) -> ScheduledBatch | None:
         """The next step's work; None when no sequence can be granted a token."""
-        step = _Step(self.config.max_num_batched_tokens, self.config.max_encoder_tokens)
-        self._grant_suspect(step)
+        step = self._suspect_step()
         if not step.granted:
-            self._grant_running(step, self.running)
-            if not step.preempted:
-                self._admit_waiting(step, list(self.waiting))
-        return self._batch(step) if step.granted else None
+            step = self._step()
+        return step.batch() if step.granted else None
 
-    def update(self, batch: ScheduledBatch, tokens: np.ndarray) -> tuple[TokenOutput, ...]:
-        """Takes in what the step computed.
+    def request_ids(self, batch: ScheduledBatch) -> tuple[str, ...]:
+        """The requests in a batch, each once."""
+        return tuple(dict.fromkeys(self._by_row[row].request.request_id for row in batch.rows.tolist()))
 
-        Args:
-            batch: as `schedule` made it.
-            tokens: int64, the token drawn for each sequence with `batch.samples`, in their order.
-        """
-        outputs, drawn = [], iter(tokens.tolist())
-        for row, count, samples in zip(batch.rows.tolist(), batch.counts.tolist(), batch.samples.tolist(), strict=True):
+    def update(self, batch: ScheduledBatch, result: StepResult) -> tuple[TokenOutput, ...]:
+        """Takes in what the step computed for `batch`, as `schedule` made it."""
+        outputs = []
+        none = ((),) * len(batch.rows)
+        drawn = zip(result.tokens, result.logprobs or none[: len(result.tokens)], strict=True)
+        columns = batch.rows.tolist(), batch.counts.tolist(), batch.samples.tolist(), batch.drafts or none
+        for row, count, samples, draft, entries in zip(*columns, result.prompt_logprobs or none, strict=True):
             sequence = self._by_row[row]
             computed_before = sequence.computed
-            sequence.computed += count
+            sequence.run.take_prompt_logprobs(computed_before, entries)
+            tokens, logprobs = next(drawn) if samples else ((), ())
+            self.num_drafted += len(draft)
+            self.num_accepted += max(0, len(tokens) - 1)
+            tokens = sequence.extend(tokens)
+            sequence.computed += count - len(draft) + max(0, len(tokens) - 1)
             self.blocks.publish(sequence, computed_before)
-            self._unpin_images(sequence)
-            if not samples:
-                continue
-            token = next(drawn)
-            sequence.is_suspect = False
-            sequence.append(token)
-            outputs.append(
-                TokenOutput(sequence.request.request_id, (token,), sequence.finish_reason, sequence.cached_tokens or 0)
-            )
-            if sequence.finish_reason:
-                self._finish(sequence, sequence.finish_reason)
+            unpin_passed_images(self.images, sequence)
+            if samples and row not in result.failed:
+                outputs.append(self._output(sequence, tokens, logprobs[: len(tokens)], result.embeddings.get(row)))
+        for row, message in result.failed.items():
+            if failed := self._by_row.get(row):
+                outputs += self._end_in_error(failed.request.request_id, message)
         return tuple(outputs)
 
     def fail(self, batch: ScheduledBatch, message: str) -> tuple[TokenOutput, ...]:
         """Ends every request of a step that could not be computed, and takes back what the step promised."""
-        outputs = []
-        for row in batch.rows.tolist():
-            sequence = self._by_row[row]
-            outputs.append(TokenOutput(sequence.request.request_id, finish_reason=FinishReason.ERROR, error=message))
-            self._finish(sequence, FinishReason.ERROR)
+        outputs: list[TokenOutput] = []
+        for request_id in self.request_ids(batch):
+            outputs += self._end_in_error(request_id, message)
         self._take_back(batch)
         return tuple(outputs)
 
@@ -144,7 +143,7 @@ class Scheduler:
             sequence = self._by_row[row]
             sequence.is_suspect = True
             self._leave_row(sequence)
-            self.waiting.appendleft(sequence)
+            self.waiting.put_back(sequence)
         self._take_back(batch)
 
     def _take_back(self, batch: ScheduledBatch) -> None:
@@ -165,111 +164,168 @@ class Scheduler:
             mm_cache_queries=self.images.queries,
             mm_cache_hits=self.images.hits,
             num_preemptions=self.num_preemptions,
+            kv_tokens_live=self.blocks.tokens_live,
+            kv_tokens_allocated=self.blocks.tokens_allocated,
+            spec_draft_tokens=self.num_drafted,
+            spec_accepted_tokens=self.num_accepted,
         )
 
-    def _grant_suspect(self, step: _Step) -> None:
-        """One suspect at a time, alone, until it has drawn a token."""
-        if running := [sequence for sequence in self.running if sequence.is_suspect]:
-            self._grant_running(step, running)
-        elif self.waiting and self.waiting[0].is_suspect:
-            self._admit_waiting(step, [self.waiting[0]])
+    def _suspect_step(self) -> Step:
+        """One suspect at a time, alone, until it has drawn a token. Nothing is granted where there is none, or where
+        it finds no room beside those that run.
+        """
+        step = Step(self.config.max_num_batched_tokens, self.config.max_encoder_tokens)
+        if suspects := [sequence for sequence in self.running if sequence.is_suspect]:
+            self._grant_running(step, suspects)
+        elif self.waiting.suspects:
+            self._admit_waiting(step, [self.waiting.suspects[0]])
+        return step
 
-    def _grant_running(self, step: _Step, candidates: list[Sequence]) -> None:
-        # One token is kept back for each sequence that decodes, so that none waits for another's prefill.
-        decoding = sum(sequence.remaining == 1 for sequence in candidates)
-        for sequence in list(candidates):
+    def _step(self) -> Step:
+        step = Step(self.config.max_num_batched_tokens, self.config.max_encoder_tokens)
+        step.decoding.update(sequence for sequence in self.running if sequence.remaining == 1)
+        for priority in sorted(self.waiting.priorities.union(sequence.priority for sequence in self.running)):
+            self._grant_running(step, [sequence for sequence in self.running if sequence.priority == priority])
+            if not self.waiting.suspects:  # one found no room; nobody else may take what becomes free
+                self._admit_waiting(step, self.waiting.candidates(priority))
+        if self.config.speculative_tokens:
+            self._grant_drafts(step)
+        self._promote_neglected(step)
+        return step
+
+    def _grant_running(self, step: Step, candidates: Iterable[Sequence]) -> None:
+        for sequence in candidates:
             if sequence.row is None:
                 continue  # preempted by one before it
-            decoding -= sequence.remaining == 1
-            wanted = min(sequence.remaining, step.budget - decoding)
-            if wanted <= 0:
-                continue
-            count = self._grant_images(step, sequence, sequence.computed, wanted)
+            step.decoding.discard(sequence)
+            count = min(sequence.remaining, step.room)
+            # Blocks before images, so that no image is encoded for one that gives way itself.
             while count > 0 and not self.blocks.can_grow(sequence, sequence.computed + count):
-                victim = self.running[-1]
-                decoding -= victim is not sequence and victim.remaining == 1
-                self._preempt(step, victim)
+                victim = next(self._victims())
+                step.is_full |= victim.priority == sequence.priority
+                self._preempt(step, victim, sequence)
                 if victim is sequence:
                     count = 0
+            count = grant_images(self.images, step, sequence, sequence.computed, count) if count > 0 else 0
             if count > 0:
-                self._grant(step, sequence, count, self.blocks.grow(sequence, sequence.computed + count))
+                step.grant(sequence, count, self.blocks.grow(sequence, sequence.computed + count))
 
-    def _admit_waiting(self, step: _Step, candidates: list[Sequence]) -> None:
-        slots_are_taken = False
+    def _admit_waiting(self, step: Step, candidates: Iterable[Sequence]) -> None:
+        """Lets in those whose turn it is. One that lacks a row or blocks is waited for. One that lacks a slot for its
+        adapter or room for its first image is passed by those who need none, lest it block them; by those who want
+        the same not at all or not for long, lest it starve.
+        """
         for sequence in candidates:
-            if not self._free_rows or step.budget == 0:
+            if step.is_full or (step.room <= 0 and self._free_rows):
                 return
             adapter = sequence.request.adapter
-            if adapter is not None and (slots_are_taken or not self.adapters.can_pin(adapter)):
-                # Base requests may pass. Other adapters may not, lest busy ones hold their slots for ever.
-                slots_are_taken = True
+            if sequence.awaits_sibling or (step.images_are_full and sequence.request.images):
                 continue
-            prefix = self.blocks.find_prefix(sequence)
-            # Room for all that is known, not for one chunk: a prompt let in by halves is soon preempted.
-            if not self.blocks.can_admit(prefix, len(sequence.token_ids)):
+            if adapter is not None and (step.slots_are_taken or not self._make_slot(step, sequence, adapter)):
+                if not step.slots_are_taken:
+                    sequence.slotless_steps += 1
+                    step.slots_are_taken = sequence.slotless_steps > PATIENCE
+                continue
+            prefix = self._find_prefix(sequence)
+            if not self._make_room(step, sequence, prefix):
+                step.is_full = True
                 return
             start = len(prefix) * self.config.block_size
-            wanted = min(len(sequence.token_ids) - start, step.budget)
-            count = self._grant_images(step, sequence, start, wanted)
+            count = min(len(sequence.token_ids) - start, step.room)
             if count <= 0:
                 return
+            count = grant_images(self.images, step, sequence, start, count)
+            if count == 0:
+                step.images_are_full = True
+                continue
             self.waiting.remove(sequence)
             self._take_row(step, sequence)
-            self.blocks.admit(sequence, prefix)
+            self._start(sequence, prefix)
             self.blocks.grow(sequence, start + count)
-            self._grant(step, sequence, count, tuple(sequence.block_table))
+            step.grant(sequence, count, tuple(sequence.block_table))
 
-    def _grant(self, step: _Step, sequence: Sequence, count: int, new_blocks: tuple[int, ...]) -> None:
-        step.granted.append((sequence, count, new_blocks))
-        step.budget -= count
+    def _find_prefix(self, sequence: Sequence) -> list[TableEntry]:
+        """The longest of the prefixes that the cache and the other answers to its prompt have for it."""
+        prefixes = [
+            self.blocks.find_fork(sibling, sequence)
+            for sibling in sequence.run.answers
+            if sibling.row is not None and sibling.computed >= sibling.prompt_len
+        ]
+        if not sequence.lacks_prompt_logprobs:
+            prefixes.append(self.blocks.find_prefix(sequence))
+        return max(prefixes, key=len, default=[])
 
-    def _grant_images(self, step: _Step, sequence: Sequence, start: int, count: int) -> int:
-        """Sees to it that every image under `[start, start + count)` is on the device or encoded in this
-        step; returns how many tokens can be granted, cut just before an image that finds no room.
+    def _start(self, sequence: Sequence, prefix: list[TableEntry]) -> None:
+        """Gives a sequence its prefix. The first time its tenant pays for the rest of the prompt."""
+        run, is_new = sequence.run, sequence.cached_tokens is None
+        if run.started is None:
+            run.started = self._clock()
+        if is_new:
+            sequence.cached_tokens = run.cached_tokens  # what the request found; what a sibling has made is no find
+        self.blocks.admit(sequence, prefix)
+        run.cached_tokens = sequence.cached_tokens
+        if is_new:
+            uncached = sequence.prompt_len - sequence.computed
+            self.waiting.counters.charge(sequence.request.tenant, prompt=uncached)
+
+    def _make_slot(self, step: Step, sequence: Sequence, adapter: str) -> bool:
+        """Whether its adapter finds a slot, if need be one that only running sequences of worse classes use."""
+        if not self.adapters.can_pin(adapter):
+            users: dict[str, list[Sequence]] = {}
+            for running in self.running:
+                if running.request.adapter is not None:
+                    users.setdefault(running.request.adapter, []).append(running)
+            worse = (group for group in users.values() if all(user.priority > sequence.priority for user in group))
+            for victim in min(worse, key=len, default=[]):
+                self._preempt(step, victim, sequence)
+        return self.adapters.can_pin(adapter)
+
+    def _make_room(self, step: Step, sequence: Sequence, prefix: list[TableEntry]) -> bool:
+        """Whether it finds a row and blocks, if need be those of running sequences of worse classes.
+
+        Blocks for all that is known, not for one chunk: a prompt let in by halves is soon preempted.
         """
-        spans = sequence.request.images
-        if not spans or start >= spans[-1].end:
-            return count
-        for span in spans:
-            if span.end <= start:
-                continue
-            if span.offset >= start + count:
-                break
-            key, size = sequence.image_key(span), span.inputs.num_tokens
-            if key in sequence.pinned_images:
-                continue
-            is_hit = key in self.images
-            if not is_hit:
-                # An image larger than the budget of a step is encoded alone.
-                over_budget = size > step.encoder_budget and bool(step.encode)
-                if over_budget or not self.images.can_add(size):
-                    return max(0, span.offset - start)
-                for evicted in self.images.add(key, size):
-                    step.encode.pop(evicted, None)
-                    step.evict_images.append(evicted)
-                step.encode[key] = span.inputs
-                step.encoder_budget -= size
-            self.images.queries += 1
-            self.images.hits += is_hit
-            self.images.pin(key)
-            sequence.pinned_images.add(key)
-        return count
+        victims = self._victims(worse_than=sequence.priority)
+        while not (self._free_rows and self.blocks.can_admit(prefix, len(sequence.token_ids))):
+            if (victim := next(victims, None)) is None:
+                return False
+            self._preempt(step, victim, sequence)
+        return True
 
-    def _unpin_images(self, sequence: Sequence) -> None:
-        """Lets go of every image but one that `computed` lies inside of. To hold more would let two
-        sequences wait for each other's room for ever.
-        """
-        if sequence.pinned_images:
-            under_way = {
-                sequence.image_key(span)
-                for span in sequence.request.images
-                if span.offset < sequence.computed < span.end
-            }
-            for key in sequence.pinned_images - under_way:
-                self.images.unpin(key)
-            sequence.pinned_images &= under_way
+    def _victims(self, worse_than: int | None = None) -> Iterator[Sequence]:
+        """Running sequences in the order in which they give way: the worst class first, in it the latest."""
+        latest_first = self.running[::-1]
+        for sequence in sorted(latest_first, key=lambda one: -one.priority):
+            if worse_than is None or sequence.priority > worse_than:
+                yield sequence
 
-    def _take_row(self, step: _Step, sequence: Sequence) -> None:
+    def _grant_drafts(self, step: Step) -> None:
+        """Spends what nobody else wants of the step on guesses at the next tokens of those that decode."""
+        for grant in step.granted:
+            sequence = grant.sequence
+            left = sequence.max_tokens - sequence.num_generated - 1
+            limit = min(self.config.speculative_tokens, step.budget, left)
+            if limit <= 0 or not sequence.can_speculate:
+                continue
+            draft = sequence.propose(limit)
+            while draft and not self.blocks.can_grow(sequence, sequence.computed + 1 + len(draft)):
+                draft = draft[:-1]
+            if draft:
+                grant.draft = draft
+                grant.blocks += self.blocks.grow(sequence, sequence.computed + 1 + len(draft))
+                step.budget -= len(draft)
+
+    def _promote_neglected(self, step: Step) -> None:
+        """No class waits for ever: who came first of one that was long passed over joins the one that was served."""
+        for sequence, priority in self._neglect.observe(step, chain(self.waiting.heads(), self.running)):
+            if sequence.row is None:
+                self.waiting.remove(sequence)
+                sequence.priority = priority
+                self.waiting.put_back(sequence)
+            else:
+                sequence.priority = priority
+
+    def _take_row(self, step: Step, sequence: Sequence) -> None:
         adapter = sequence.request.adapter
         if adapter is not None:
             sequence.adapter_slot, is_new = self.adapters.pin(adapter)
@@ -284,9 +340,7 @@ class Scheduler:
         """Gives back all that a running sequence holds."""
         assert sequence.row is not None
         self.blocks.release(sequence)
-        for key in sequence.pinned_images:
-            self.images.unpin(key)
-        sequence.pinned_images.clear()
+        unpin_images(self.images, sequence, sequence.pinned_images)
         if sequence.request.adapter is not None:
             self.adapters.unpin(sequence.request.adapter)
         sequence.adapter_slot = None
@@ -295,46 +349,60 @@ class Scheduler:
         sequence.row = None
         self.running.remove(sequence)
 
-    def _preempt(self, step: _Step, sequence: Sequence) -> None:
-        """Sends a sequence back to the head of the queue; its tokens are kept and computed again later."""
-        self._leave_row(sequence)
-        self.waiting.appendleft(sequence)
+    def _preempt(self, step: Step, victim: Sequence, winner: Sequence) -> None:
+        """Sends a sequence back to the queue; its tokens are kept and computed again later. One that this happens to
+        again and again joins the class of those it gives way to.
+        """
+        self._leave_row(victim)
+        victim.preemptions += 1
+        if victim.preemptions > MAX_PREEMPTIONS:
+            victim.priority = min(victim.priority, winner.priority)
+        self.waiting.put_back(victim)
         self.num_preemptions += 1
-        step.preempted = True
+        step.decoding.discard(victim)
+
+    def _output(
+        self,
+        sequence: Sequence,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        embedding: np.ndarray | None,
+    ) -> TokenOutput:
+        """What a sequence that has drawn tokens, or was pooled, says; it ends if it has to."""
+        sequence.is_suspect = False
+        if sequence.request.pooling:
+            sequence.finish_reason = FinishReason.STOP
+        self.waiting.counters.charge(sequence.request.tenant, generated=len(tokens))
+        output = TokenOutput(
+            sequence.request.request_id,
+            tokens,
+            sequence.finish_reason,
+            cached_tokens=sequence.cached_tokens or 0,
+            index=sequence.index,
+            stop_token=sequence.stop_token,
+            logprobs=logprobs,
+            embedding=embedding,
+        )
+        if sequence.finish_reason is not None:
+            self._finish(sequence, sequence.finish_reason)
+        return sequence.run.complete(output, self._clock())
+
+    def _end_in_error(self, request_id: str, message: str) -> list[TokenOutput]:
+        """A fault ends one request, with all its answers."""
+        outputs = []
+        for sequence in list(self._runs[request_id].answers):
+            outputs.append(
+                TokenOutput(request_id, index=sequence.index, finish_reason=FinishReason.ERROR, error=message)
+            )
+            self._finish(sequence, FinishReason.ERROR)
+        return outputs
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
-        if sequence.row is not None:
+        if sequence.row is None:
+            self.waiting.remove(sequence)
+        else:
             self._leave_row(sequence)
-        del self._by_id[sequence.request.request_id]
-
-    def _batch(self, step: _Step) -> ScheduledBatch:
-        sequences = [sequence for sequence, _, _ in step.granted]
-        counts = np.array([count for _, count, _ in step.granted], dtype=np.int64)
-        return ScheduledBatch(
-            rows=np.array([sequence.row for sequence in sequences], dtype=np.int64),
-            starts=np.array([sequence.computed for sequence in sequences], dtype=np.int64),
-            counts=counts,
-            samples=counts == np.array([sequence.remaining for sequence in sequences], dtype=np.int64),
-            new_rows=tuple(_new_row(sequence) for sequence in step.admitted),
-            new_blocks=tuple(blocks for _, _, blocks in step.granted),
-            encode=tuple(step.encode.items()),
-            evict_images=tuple(step.evict_images),
-            load_adapters=tuple(step.load_adapters),
-        )
-
-
-def _new_row(sequence: Sequence) -> NewRow:
-    assert sequence.row is not None
-    request = sequence.request
-    return NewRow(
-        row=sequence.row,
-        token_ids=tuple(sequence.token_ids),
-        prompt_len=sequence.prompt_len,
-        images=tuple(
-            PlacedImage(sequence.image_key(span), span.offset, span.inputs.num_tokens) for span in request.images
-        ),
-        sampling=request.sampling,
-        draw=sequence.draw,
-        adapter_slot=sequence.adapter_slot,
-    )
+        sequence.run.answers.remove(sequence)
+        if not sequence.run.answers:
+            del self._runs[sequence.request.request_id]
