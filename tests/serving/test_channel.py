@@ -15,6 +15,8 @@ import pytest
 from vlm_serve.clinical.image import ClinicalImage, ImageReceipt, WindowReceipt
 from vlm_serve.config import Settings
 from vlm_serve.serving.channel import Channel, ChannelClosedError, decode, encode, read_shared, spawn, write_shared
+from vlm_serve.serving.messages import Add, ToEngine
+from vlm_serve.serving.tensors import restore_tensors, share_tensors
 from vlm_serve.types import EngineStats, ImageInputs, ImagePart, ImageSpan, Request, SamplingParams
 
 
@@ -250,3 +252,22 @@ def test_a_module_that_does_not_exist_closes_the_channel() -> None:
         channel.recv(30)
     assert child.wait() != 0
     channel.close()
+
+
+def test_the_tensors_of_images_cross_in_memory_beside_the_message(ends: tuple[Channel, Channel]) -> None:
+    ours, theirs = ends
+    images = (ImageSpan(2, inputs(1)), ImageSpan(9, inputs(2)))
+    request = Request("r", tuple(range(20)), SamplingParams(), images=images)
+    open_before = len(os.listdir("/proc/self/fd"))
+    bare, places, fd = share_tensors(request)
+    message = encode(Add(bare, places))
+    assert not any(span.inputs.tensors for span in bare.images)
+    ours.send(message, [fd])
+    os.close(fd)
+    data, (received,) = theirs.recv(5)
+    arrived = decode(data, ToEngine)
+    restored = restore_tensors(arrived.request, arrived.tensors, received)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert [span.offset for span in restored.images] == [2, 9]
+    assert all(same_inputs(one.inputs, other.inputs) for one, other in zip(restored.images, images, strict=True))
+    assert all(array.flags.writeable for span in restored.images for array in span.inputs.tensors.values())

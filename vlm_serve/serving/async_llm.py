@@ -1,124 +1,75 @@
 """`AsyncLLM`: a model behind an engine process, as the HTTP server uses it."""
 
 import asyncio
+import hashlib
+import hmac
+import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
-from vlm_serve.clinical.image import ImageReceipt
+import numpy as np
+
 from vlm_serve.config import Settings
 from vlm_serve.errors import AdapterError, ModelNotFoundError, OverloadedError
 from vlm_serve.families import load_family, resolve_model
 from vlm_serve.families.base import ModelFamily
+from vlm_serve.families.prompt import ToolFormat
 from vlm_serve.lora.store import AdapterStore
-from vlm_serve.serving.client import EngineClient, OutputStream
-from vlm_serve.serving.detokenizer import Detokenizer
-from vlm_serve.serving.ingest import Ingest
-from vlm_serve.types import ChatInput, EngineStats, FinishReason, Request, SamplingParams
+from vlm_serve.serving.ingest import Ingest, PreparedPrompt
+from vlm_serve.serving.messages import Start
+from vlm_serve.serving.run import Run
+from vlm_serve.serving.run import TokenDelta as TokenDelta
+from vlm_serve.serving.run import Usage as Usage
+from vlm_serve.serving.served_model import ServedModel as ServedModel
+from vlm_serve.serving.served_model import served_models
+from vlm_serve.serving.submission import OutputStream
+from vlm_serve.serving.supervisor import OnStep, Supervisor
+from vlm_serve.serving.token_bytes import TokenBytes
+from vlm_serve.types import ChatInput, EngineStats, Request, SamplingParams
 
 OnPhase = Callable[[str, float], None]
+Prepare = Callable[[], Awaitable[PreparedPrompt]]
 
 HEALTH_TIMEOUT = 30.0
 """Seconds; a step with a long prefill on a CPU may take several."""
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What `model` may name: the base model, or an adapter on it (`parent` is then the base).
+class Embedding:
+    """A prompt's embedding, float32 `[hidden_size]` of norm 1."""
 
-    `notice` is what every answer about an image must say of the model itself.
-    """
-
-    id: str
-    root: str
-    parent: str | None
-    digest: str
-    max_model_len: int
-    max_tokens_per_image: int
-    notice: str | None
-    created: int
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens so far. `cached_tokens` of the prompt were found in the prefix cache."""
-
+    vector: np.ndarray
     prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
-    """What one step adds to an answer; `usage` is the running total."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-    usage: Usage
-
-
-class ChatRun:
-    """One answer under way: what is known before its first token, then the deltas as they come. One reader.
-
-    Iterating raises what `OutputStream` raises.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        model: ServedModel,
-        receipts: tuple[ImageReceipt, ...],
-        outputs: OutputStream,
-        detokenizer: Detokenizer,
-    ) -> None:
-        self.request_id = request.request_id
-        self.model = model
-        self.receipts = receipts
-        self.image_digests = tuple(span.inputs.digest for span in request.images)
-        self.prompt_tokens = len(request.token_ids)
-        self._outputs = outputs
-        self._detokenizer = detokenizer
-        self._completion_tokens = 0
-        self._has_ended = False
-
-    def __aiter__(self) -> "ChatRun":
-        return self
-
-    async def __anext__(self) -> TokenDelta:
-        if self._has_ended:
-            raise StopAsyncIteration
-        output = await anext(self._outputs)
-        delta = self._detokenizer.add(output.token_ids, output.finish_reason)
-        self._completion_tokens += len(delta.token_ids)
-        if delta.finish_reason is not None:  # perhaps before the engine knows: a stop string
-            await self.aclose()
-        usage = Usage(self.prompt_tokens, self._completion_tokens, output.cached_tokens)
-        return TokenDelta(delta.text, delta.token_ids, delta.finish_reason, usage)
-
-    async def aclose(self) -> None:
-        """Aborts the request, if it has not ended."""
-        self._has_ended = True
-        self._outputs.abort()
 
 
 class AsyncLLM:
-    """One base model with its adapters. All methods belong to the event loop that called `start`."""
+    """One base model with its adapters. All methods belong to the event loop that called `start`.
+
+    `tenant` is who asks, as the server knows it: no cache entry of one is seen by another, and the scheduler is fair
+    between them. A lower `priority` goes first; 0 is routine.
+
+    At most `max_num_seqs + max_waiting_requests` answers are under way at once, those in ingest and those that wait for
+    an engine to come back included; a request counts as its `n`. An idle server takes any `n`.
+    """
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: Supervisor,
         ingest: Ingest,
         family: ModelFamily,
         models: tuple[ServedModel, ...],
-        max_requests: int,
+        max_answers: int,
     ) -> None:
         self._engine = engine
         self._ingest = ingest
         self._family = family
-        self._max_requests = max_requests
+        self._max_answers = max_answers
         self._in_ingest = 0
+        self._token_bytes = TokenBytes(family.backend_tokenizer)
+        self._salt_key = secrets.token_bytes(32)
         self.models = models
 
     @classmethod
@@ -150,56 +101,133 @@ class AsyncLLM:
         ingest = Ingest(family, settings.ingest)
         on_phase(f"decode workers ({settings.ingest.workers})", time.perf_counter() - began)
         try:
-            engine, max_model_len = await EngineClient.start(
-                folder, settings.model, settings.engine, store.adapters, on_phase
+            engine = await Supervisor.start(
+                Start(str(folder), settings.model, settings.engine, store.adapters), on_phase
             )
         except BaseException:
             await asyncio.to_thread(ingest.close)
             raise
-        models = tuple(_served_models(name, folder, family, store, max_model_len))
+        models = tuple(served_models(name, folder, family, store, engine.max_model_len))
         limit = settings.engine.max_num_seqs + settings.server.max_waiting_requests
         return cls(engine, ingest, family, models, limit)
 
     @property
     def stats(self) -> EngineStats:
-        """As of the engine's last word."""
+        """As of the engine's last word; a new engine process counts from zero."""
         return self._engine.stats
 
-    async def chat(self, chat: ChatInput, *, model: str, sampling: SamplingParams, request_id: str) -> ChatRun:
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine process is there and loaded: a request would go to it at once."""
+        return self._engine.is_ready
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes a call of a function; None: its chat template knows no tools."""
+        return self._family.prompts.tool_format
+
+    @property
+    def engine_restarts(self) -> int:
+        """How often the engine process has been started again."""
+        return self._engine.restarts
+
+    def on_step(self, callback: OnStep) -> None:
+        """`callback` is told of every step of the engine from now on; it must not block."""
+        self._engine.on_step(callback)
+
+    async def chat(
+        self,
+        chat: ChatInput,
+        *,
+        model: str,
+        sampling: SamplingParams,
+        request_id: str,
+        tenant: str = "",
+        priority: int = 0,
+    ) -> Run:
         """Prepares the conversation and queues it; returns once the engine has admitted it.
+
+        While the engine process is being started again, it waits for it.
 
         Raises:
             ModelNotFoundError: `model` is neither the base nor an adapter.
             ImageError, InvalidRequestError: the input cannot be served.
             OverloadedError: too many requests are under way.
-            EngineDeadError: the engine process is gone.
+            PoisonedRequestError: it has ended the engine process twice.
+            EngineDeadError: the engine process is gone for good.
         """
         served = self._find(model)
-        # Nothing is awaited between this check and the count, so the bound is exact.
-        if self._in_ingest + self._engine.num_requests >= self._max_requests:
-            raise OverloadedError("Too many requests are waiting. Try again in a moment.")
-        self._in_ingest += 1
+        prepare = partial(self._ingest.prepare_async, chat)
+        return await self._run(prepare, served, sampling, request_id, tenant, priority)
+
+    async def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str,
+        sampling: SamplingParams,
+        request_id: str,
+        tenant: str = "",
+        priority: int = 0,
+    ) -> Run:
+        """Continues a plain prompt, given as text or as token ids; no chat template is applied.
+
+        Raises:
+            As `chat` does.
+        """
+        served = self._find(model)
+        prepare = partial(asyncio.to_thread, self._ingest.prepare_text, prompt)
+        return await self._run(prepare, served, sampling, request_id, tenant, priority)
+
+    async def embed(
+        self, prompt: str | Sequence[int], *, model: str, request_id: str, tenant: str = "", priority: int = 0
+    ) -> Embedding:
+        """The embedding of a plain prompt; cancelled, it leaves nothing behind.
+
+        Raises:
+            As `chat` does, and RequestFailedError: a fault in the engine ended it.
+        """
+        served = self._find(model)
+        prepare = partial(asyncio.to_thread, self._ingest.prepare_text, prompt)
+        sampling = SamplingParams(max_tokens=1)
+        request, _, outputs = await self._submit(prepare, served, sampling, request_id, tenant, priority, pooling=True)
         try:
-            prepared = await self._ingest.prepare_async(chat)
+            async for output in outputs:
+                if output.embedding is not None:
+                    return Embedding(output.embedding, len(request.token_ids))
         finally:
-            self._in_ingest -= 1
-        request = Request(
-            request_id=request_id,
-            token_ids=prepared.prompt.token_ids,
-            sampling=sampling,
-            images=prepared.prompt.images,
-            adapter=None if served.parent is None else served.digest,
-            eos_token_ids=self._family.eos_token_ids,
-        )
-        outputs = await self._engine.submit(request)
-        detokenizer = Detokenizer(self._family.backend_tokenizer, sampling.stop_strings)
-        return ChatRun(request, served, prepared.receipts, outputs, detokenizer)
+            outputs.abort()
+        raise AssertionError("a request that pools ends with its embedding")
+
+    async def tokenize(self, prompt: str | ChatInput, *, model: str) -> tuple[int, ...]:
+        """The token ids of a plain prompt, or of a conversation as `chat` would send it to the engine.
+
+        Raises:
+            As `chat` does, but for the engine's.
+        """
+        self._find(model)
+        with self._room_for(1):
+            if isinstance(prompt, str):
+                prepared = await asyncio.to_thread(self._ingest.prepare_text, prompt)
+            else:
+                prepared = await self._ingest.prepare_async(prompt)
+        return prepared.prompt.token_ids
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises:
+            ModelNotFoundError: `model` is neither the base nor an adapter.
+            InvalidRequestError: an id is not of the vocabulary.
+        """
+        self._find(model)
+        return await asyncio.to_thread(self._ingest.decode_text, token_ids)
 
     async def check_health(self) -> None:
         """A round trip through the engine's loop.
 
         Raises:
-            EngineDeadError: it cannot answer.
+            EngineDeadError: it cannot answer: it is being started again, is gone for good, or hangs.
         """
         await self._engine.ping(HEALTH_TIMEOUT)
 
@@ -208,6 +236,65 @@ class AsyncLLM:
         await self._engine.close()
         await asyncio.to_thread(self._ingest.close)
 
+    async def _run(
+        self,
+        prepare: Prepare,
+        served: ServedModel,
+        sampling: SamplingParams,
+        request_id: str,
+        tenant: str,
+        priority: int,
+    ) -> Run:
+        request, prepared, outputs = await self._submit(prepare, served, sampling, request_id, tenant, priority)
+        return Run(request, served, prepared.receipts, outputs, self._token_bytes)
+
+    async def _submit(
+        self,
+        prepare: Prepare,
+        served: ServedModel,
+        sampling: SamplingParams,
+        request_id: str,
+        tenant: str,
+        priority: int,
+        *,
+        pooling: bool = False,
+    ) -> tuple[Request, PreparedPrompt, OutputStream]:
+        with self._room_for(sampling.n):
+            prepared = await prepare()
+            request = await asyncio.to_thread(
+                self._ingest.request,
+                prepared,
+                sampling,
+                request_id=request_id,
+                adapter=None if served.parent is None else served.digest,
+                cache_salt=self._salt(tenant),
+                tenant=tenant,
+                priority=priority,
+                pooling=pooling,
+            )
+        # Nothing is awaited between leaving ingest and the engine's count, so the bound is exact.
+        return request, prepared, await self._engine.submit(request)
+
+    def _salt(self, tenant: str) -> str:
+        """The server's word for a tenant, which nobody outside can guess; "" where there are no tenants."""
+        return hmac.new(self._salt_key, tenant.encode(), hashlib.sha256).hexdigest() if tenant else ""
+
+    @contextmanager
+    def _room_for(self, answers: int) -> Iterator[None]:
+        """Counts answers as under way while their prompt is made.
+
+        Raises:
+            OverloadedError: there are too many.
+        """
+        under_way = self._in_ingest + self._engine.num_answers
+        if under_way and under_way + answers > self._max_answers:
+            raise OverloadedError("Too many requests are waiting. Try again in a moment.")
+        self._in_ingest += answers
+        try:
+            yield
+        finally:
+            self._in_ingest -= answers
+
     def _find(self, name: str) -> ServedModel:
         for model in self.models:
             if model.id == name:
@@ -215,22 +302,3 @@ class AsyncLLM:
         raise ModelNotFoundError(
             "There is no model of this name. GET /v1/models lists the base model and its adapters.", param="model"
         )
-
-
-def _served_models(
-    name: str, folder: Path, family: ModelFamily, store: AdapterStore, max_model_len: int
-) -> Iterator[ServedModel]:
-    now = int(time.time())
-    base = ServedModel(
-        id=name,
-        root=name,
-        parent=None,
-        digest=family.model_digest,
-        max_model_len=max_model_len,
-        max_tokens_per_image=family.max_tokens_per_image,
-        notice=family.notice,
-        created=now,
-    )
-    yield base
-    for adapter in store.adapters:
-        yield replace(base, id=adapter.name, parent=name, digest=adapter.digest)

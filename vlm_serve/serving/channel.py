@@ -206,8 +206,8 @@ def spawn(module: str, sock: socket.socket, *, env: Mapping[str, str] | None = N
     )
 
 
-def write_shared(data: bytes | memoryview) -> int:
-    """Memory without a name that holds `data`, as a file descriptor for `Channel.send`.
+def write_shared(*pieces: bytes | memoryview) -> int:
+    """Memory without a name that holds `pieces` end to end, as a file descriptor for `Channel.send`.
 
     Nothing of it outlives the processes that hold it, however they end. The caller closes it.
     """
@@ -217,9 +217,12 @@ def write_shared(data: bytes | memoryview) -> int:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
     try:
-        view, done = memoryview(data).cast("B"), 0
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], done)
+        start = 0
+        for piece in pieces:
+            view, done = memoryview(piece).cast("B"), 0
+            while done < len(view):
+                done += os.pwrite(fd, view[done:], start + done)
+            start += done
     except BaseException:
         os.close(fd)
         raise

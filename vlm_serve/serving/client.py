@@ -1,171 +1,80 @@
-"""`EngineClient`: the async face of the engine process."""
+"""`EngineClient`: the async face of one engine process, from its start to its death. Serves the supervisor."""
 
 import asyncio
 import contextlib
 import itertools
+import os
+import queue
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from vlm_serve import errors
-from vlm_serve.config import EngineConfig, ModelConfig
-from vlm_serve.errors import (
-    ConfigurationError,
-    EngineDeadError,
-    InvalidRequestError,
-    RequestFailedError,
-    VlmServeError,
-)
-from vlm_serve.lora.store import AdapterFolder
+import msgspec
+
+from vlm_serve.errors import ConfigurationError, EngineDeadError
 from vlm_serve.serving.channel import Channel, ChannelClosedError, decode, encode, spawn
-from vlm_serve.serving.messages import (
-    Abort,
-    Add,
-    Admitted,
-    FromEngine,
-    Phase,
-    Ping,
-    Pong,
-    Ready,
-    Refused,
-    Start,
-    StartFailed,
-    Step,
-    ToEngine,
-)
-from vlm_serve.types import EngineStats, FinishReason, Request, TokenOutput
+from vlm_serve.serving.messages import Add, FromEngine, Phase, Ping, Pong, Ready, Start, StartFailed, ToEngine
+from vlm_serve.serving.tensors import share_tensors
+from vlm_serve.types import EngineStats
 
-DEAD = "The engine has stopped. The operator has to start the server again."
+OnPhase = Callable[[str, float], None]
 
-
-_Arrival = TokenOutput | VlmServeError | None
-"""What comes for one request: None once it is admitted, then its outputs, or the error that ends it."""
-
-
-class OutputStream:
-    """The outputs of one request, until it ends or is aborted. One reader.
-
-    Iterating raises:
-        RequestFailedError: a fault ended the request.
-        EngineDeadError: the engine process is gone.
-    """
-
-    def __init__(self, client: "EngineClient", request_id: str, inbox: asyncio.Queue[_Arrival]) -> None:
-        self._client = client
-        self._request_id = request_id
-        self._inbox = inbox
-        self._has_ended = False
-
-    def __aiter__(self) -> "OutputStream":
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        if self._has_ended:
-            raise StopAsyncIteration
-        arrival = await self._inbox.get()
-        assert arrival is not None
-        if isinstance(arrival, VlmServeError):
-            self.forget()
-            raise arrival
-        if arrival.finish_reason is not None:
-            self.forget()
-        if arrival.finish_reason is FinishReason.ERROR:
-            raise RequestFailedError(arrival.error or "The request failed.")
-        return arrival
-
-    def abort(self) -> None:
-        """Ends the request, if it has not ended, and gives back what it holds in the engine."""
-        if not self._has_ended:
-            self.forget()
-            self._client.abort(self._request_id)
-
-    def abort_once(self, sent: asyncio.Future[None]) -> None:
-        """Aborts when `sent` is done; that sending it failed has been told to whoever waited."""
-        sent.exception()
-        self.abort()
-
-    def forget(self) -> None:
-        """The request has ended; nothing more comes for it."""
-        self._has_ended = True
-        self._client.forget(self._request_id)
+_CLOSE_SECONDS = 5.0
 
 
 class EngineClient:
-    """Sends requests to one engine process and hands each its own outputs.
+    """One engine process and this side of its channel.
 
-    All methods run on the event loop that called `start`; a thread reads the channel.
+    All methods run on the event loop that called `start`. A thread reads the channel and another writes it: the tensors
+    of many images are megabytes, and the event loop must go on meanwhile.
     """
 
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        self._process = spawn("vlm_serve.serving.engine_process", theirs)
-        theirs.close()
-        self._channel = Channel(ours)
+    def __init__(self, on_message: Callable[[FromEngine], None], on_phase: OnPhase) -> None:
+        self._on_message = on_message
+        self._on_phase = on_phase
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[int] = self._loop.create_future()
-        self._queues: dict[str, asyncio.Queue[_Arrival]] = {}
         self._pings: dict[int, asyncio.Future[EngineStats]] = {}
         self._ping_numbers = itertools.count()
-        self._is_dead = False
-        self.stats = EngineStats()
+        self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self.dead = asyncio.Event()
+        """Set once the process can say no more and all that it said has been handled."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = spawn("vlm_serve.serving.engine_process", theirs)
+        self._channel = Channel(ours)
+        self._threads = [
+            threading.Thread(target=work, daemon=True, name=f"engine-{work.__name__.strip('_')}")
+            for work in (self._read, self._write)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     async def start(
-        cls,
-        folder: Path,
-        model: ModelConfig,
-        engine: EngineConfig,
-        adapters: tuple[AdapterFolder, ...],
-        on_phase: Callable[[str, float], None],
+        cls, start: Start, on_message: Callable[[FromEngine], None], on_phase: OnPhase
     ) -> tuple["EngineClient", int]:
         """Starts the process and waits until it can serve; returns the client and the longest context.
+
+        Args:
+            on_message: told all that the process says, in order, on the event loop.
 
         Raises:
             ConfigurationError: the engine refuses its settings, or died while it loaded.
         """
-        client = cls()
-        threading.Thread(target=client._read, args=(on_phase,), daemon=True, name="engine-reader").start()
+        client = cls(on_message, on_phase)
         try:
-            with contextlib.suppress(EngineDeadError):  # `_ready` tells it in an operator's words
-                client._send(Start(str(folder), time.time(), model, engine, adapters))
+            client.send(msgspec.structs.replace(start, spawned=time.time()))
             return client, await client._ready
         except BaseException:
             await client.close()
             raise
 
-    @property
-    def num_requests(self) -> int:
-        """Requests that have not ended."""
-        return len(self._queues)
-
-    async def submit(self, request: Request) -> "OutputStream":
-        """Queues a request; returns once the engine has admitted it.
-
-        Raises:
-            InputError: the engine cannot serve the request as it is.
-            EngineDeadError: the engine process is gone.
-        """
-        if request.request_id in self._queues:
-            raise InvalidRequestError("A request with this id is running.", param="request_id")
-        inbox: asyncio.Queue[_Arrival] = asyncio.Queue()
-        self._queues[request.request_id] = inbox
-        stream = OutputStream(self, request.request_id, inbox)
-        # On a thread: the tensors of many images are megabytes, and other streams must go on meanwhile.
-        sending = asyncio.ensure_future(asyncio.to_thread(self._send, Add(request)))
-        try:
-            await asyncio.shield(sending)
-            arrival = await inbox.get()
-        except BaseException:
-            # Not before the request itself is sent: the engine would take the abort for nobody's.
-            sending.add_done_callback(stream.abort_once)
-            raise
-        if isinstance(arrival, VlmServeError):
-            stream.forget()
-            raise arrival
-        return stream
+    def send(self, message: ToEngine) -> None:
+        """Sends a message after those before it, and does not wait. To a dead process it goes nowhere: `dead` tells."""
+        self._outbox.put(message)
 
     async def ping(self, seconds: float) -> EngineStats:
         """A round trip through the engine's loop.
@@ -174,49 +83,55 @@ class EngineClient:
             EngineDeadError: it is gone, or did not answer within `seconds`.
         """
         number = next(self._ping_numbers)
-        future: asyncio.Future[EngineStats] = self._loop.create_future()
-        self._pings[number] = future
+        self._pings[number] = self._loop.create_future()
         try:
-            self._send(Ping(number))
-            return await asyncio.wait_for(future, seconds)
+            self.send(Ping(number))
+            if self.dead.is_set():
+                raise EngineDeadError("The engine process is gone.")
+            return await asyncio.wait_for(self._pings[number], seconds)
         except TimeoutError:
             raise EngineDeadError("The engine does not answer.") from None
         finally:
-            self._pings.pop(number, None)
-
-    def abort(self, request_id: str) -> None:
-        """Tells the engine to drop a request."""
-        with contextlib.suppress(EngineDeadError):
-            self._send(Abort(request_id))
-
-    def forget(self, request_id: str) -> None:
-        """Takes no more outputs for a request."""
-        self._queues.pop(request_id, None)
+            del self._pings[number]
 
     async def close(self) -> None:
-        """Ends the process; requests that still run fail."""
+        """Ends the process and waits until all that it held is free."""
         self._channel.close()
         try:
-            await asyncio.to_thread(self._process.wait, 5)
+            await asyncio.to_thread(self._process.wait, _CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
+        self._outbox.put(None)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
-    def _send(self, message: ToEngine) -> None:
-        if self._is_dead:
-            raise EngineDeadError(DEAD)
+    def _write(self) -> None:
+        """Runs on a thread until the channel closes."""
         try:
-            self._channel.send(encode(message))
-        except (ChannelClosedError, OSError):
-            raise EngineDeadError(DEAD) from None
+            while (message := self._outbox.get()) is not None:
+                self._write_one(message)
+        except ChannelClosedError:
+            pass
+        finally:  # a message that cannot be sent must not be waited for
+            self._channel.close()
 
-    def _read(self, on_phase: Callable[[str, float], None]) -> None:
-        """Runs on the reader's thread until the channel closes."""
+    def _write_one(self, message: ToEngine) -> None:
+        if not isinstance(message, Add) or not message.request.images:
+            return self._channel.send(encode(message))
+        request, tensors, fd = share_tensors(message.request)
+        try:
+            self._channel.send(encode(Add(request, tensors)), [fd])
+        finally:
+            os.close(fd)
+
+    def _read(self) -> None:
+        """Runs on a thread until the channel closes."""
         try:
             while True:
                 message = decode(self._channel.recv()[0], FromEngine)
                 if isinstance(message, Phase):
-                    on_phase(message.name, message.seconds)
+                    self._on_phase(message.name, message.seconds)
                 else:
                     self._loop.call_soon_threadsafe(self._take, message)
         except (ChannelClosedError, OSError):
@@ -227,34 +142,20 @@ class EngineClient:
 
     def _take(self, message: FromEngine) -> None:
         match message:
-            case Step(output):
-                self.stats = output.stats
-                for one in output.outputs:
-                    if inbox := self._queues.get(one.request_id):
-                        inbox.put_nowait(one)
-            case Admitted(request_id):
-                if inbox := self._queues.get(request_id):
-                    inbox.put_nowait(None)
-            case Refused(request_id, error, text, param):
-                if inbox := self._queues.get(request_id):
-                    inbox.put_nowait(getattr(errors, error)(text, param=param))
             case Pong(number, stats):
-                self.stats = stats
                 if (ping := self._pings.get(number)) and not ping.done():
                     ping.set_result(stats)
-            case Ready(max_model_len):
+            case Ready(max_model_len) if not self._ready.done():
                 self._ready.set_result(max_model_len)
-            case StartFailed(text):
+            case StartFailed(text) if not self._ready.done():
                 self._ready.set_exception(ConfigurationError(text))
+        self._on_message(message)
 
     def _die(self) -> None:
-        self._is_dead = True
-        error = EngineDeadError(DEAD)
-        for inbox in self._queues.values():
-            inbox.put_nowait(error)
+        self.dead.set()
         for ping in self._pings.values():
             if not ping.done():
-                ping.set_exception(error)
+                ping.set_exception(EngineDeadError("The engine process is gone."))
         if not self._ready.done():
             self._ready.set_exception(
                 ConfigurationError("The engine process died while it loaded; it may have run out of memory.")

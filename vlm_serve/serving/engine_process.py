@@ -4,7 +4,6 @@ Started as `python -m vlm_serve.serving.engine_process FD`, with one end of a so
 other end closes.
 """
 
-import contextlib
 import logging
 import queue
 import resource
@@ -13,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +33,12 @@ from vlm_serve.serving.messages import (
     Start,
     StartFailed,
     Step,
+    Stepping,
     ToEngine,
 )
+from vlm_serve.serving.tensors import restore_tensors
+
+logger = logging.getLogger(__name__)
 
 Inbox = queue.SimpleQueue[ToEngine | None]
 """Messages in order; None once the server has closed its end."""
@@ -48,8 +52,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump is a copy of patients' data
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    with contextlib.suppress(ChannelClosedError):  # the server is gone, and with it all who want an answer
+    try:
         serve(channel)
+    except ChannelClosedError:  # the server is gone, and with it all who want an answer
+        pass
+    except Exception as error:  # noqa: BLE001 - its own text may carry what a patient's prompt held
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        logger.critical("The engine ended: %s at %s:%d", type(error).__name__, place.name, place.lineno)
+        sys.exit(1)
 
 
 def serve(channel: Channel) -> None:
@@ -74,28 +84,49 @@ def serve(channel: Channel) -> None:
     say(Ready(engine.max_model_len))
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
+    announcer = _Announcer(say)
+    engine.on_batch = announcer.announce
     while True:
-        if not _take_messages(engine, inbox, say):
+        if not _take_messages(engine, inbox, say, announcer):
             return
         if engine.has_work:
             output = engine.step()
-            if output.outputs:
+            if output.outputs or output.num_tokens:
                 say(Step(output))
+
+
+class _Announcer:
+    """Says which requests are in the step that begins, if they are others than in the one before."""
+
+    def __init__(self, say: Callable[[FromEngine], None]) -> None:
+        self._say = say
+        self._last: tuple[str, ...] = ()
+
+    def announce(self, request_ids: tuple[str, ...]) -> None:
+        if request_ids != self._last:
+            self._last = request_ids
+            self._say(Stepping(request_ids))
 
 
 def _read(channel: Channel, inbox: Inbox) -> None:
     try:
         while True:
-            inbox.put(decode(channel.recv()[0], ToEngine))
+            data, fds = channel.recv()
+            message = decode(data, ToEngine)
+            if isinstance(message, Add) and message.request.images:
+                message = Add(restore_tensors(message.request, message.tensors, *fds))
+            inbox.put(message)
     except ChannelClosedError:
         pass
     finally:  # whatever ended this thread, the process must not outlive its last word from the server
         inbox.put(None)
 
 
-def _take_messages(engine: Engine, inbox: Inbox, say: Callable[[FromEngine], None]) -> bool:
+def _take_messages(engine: Engine, inbox: Inbox, say: Callable[[FromEngine], None], announcer: _Announcer) -> bool:
     """Handles what has arrived, waiting for something if the engine is idle; False once the server is gone."""
     while not (engine.has_work and inbox.empty()):
+        if not engine.has_work:
+            announcer.announce(())
         match inbox.get():
             case None:
                 return False
@@ -105,8 +136,8 @@ def _take_messages(engine: Engine, inbox: Inbox, say: Callable[[FromEngine], Non
                     say(Admitted(request.request_id))
                 except InputError as error:
                     say(Refused(request.request_id, type(error).__name__, str(error), error.param))
-            case Abort(request_id):
-                engine.abort(request_id)
+            case Abort(request_id, index):
+                engine.abort(request_id, index)
             case Ping(number):
                 say(Pong(number, engine.stats))
     return True

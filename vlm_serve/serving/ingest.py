@@ -1,15 +1,22 @@
-"""From a conversation to a prompt: files decoded in the pool, pixels processed, text tokenised."""
+"""From a conversation to a request for the engine: files decoded in the pool, pixels processed, text tokenised, and
+what the sampling parameters say in texts put into token ids. Serves `AsyncLLM` and `LLM`.
+"""
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from tokenizers import Tokenizer
 
 from vlm_serve.clinical.image import ImageReceipt
 from vlm_serve.config import IngestConfig
-from vlm_serve.errors import ImageError
+from vlm_serve.engine.structured import Structures
+from vlm_serve.errors import ImageError, InvalidRequestError
 from vlm_serve.families.base import ModelFamily, Prompt
 from vlm_serve.serving.decode_pool import DecodePool
-from vlm_serve.types import ChatInput, ImageInputs, ImagePart
+from vlm_serve.types import ChatInput, ImageInputs, ImagePart, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +28,7 @@ class PreparedPrompt:
 
 
 class Ingest:
-    """Prepares conversations for one model, for one event loop or for any thread.
+    """Prepares requests for one model, for one event loop or for any thread.
 
     Raises, from each `prepare`:
         ImageError: a file cannot be used; `param` says which.
@@ -58,14 +65,86 @@ class Ingest:
                 task.cancel()
         return await asyncio.to_thread(self._render, chat, images)
 
-    def prepare_text(self, text: str) -> PreparedPrompt:
-        """A plain prompt, without a chat template."""
-        return PreparedPrompt(self._family.encode_text(text))
+    def prepare_text(self, prompt: str | Sequence[int]) -> PreparedPrompt:
+        """A plain prompt, without a chat template: as text, or as the token ids of one.
+
+        Raises:
+            InvalidRequestError: it is empty, an id is not of the vocabulary, or one is the placeholder of an image,
+                which a plain prompt has not.
+        """
+        if isinstance(prompt, str):
+            return PreparedPrompt(self._family.encode_text(prompt))
+        if not prompt:
+            raise InvalidRequestError("The prompt is empty.", param="prompt")
+        self._check_ids("prompt", prompt)
+        if self._family.image_token_id in prompt:
+            raise InvalidRequestError(
+                f"Token {self._family.image_token_id} stands for an image, and a plain prompt has none. Send images in "
+                "a chat.",
+                param="prompt",
+            )
+        return PreparedPrompt(Prompt(tuple(prompt)))
+
+    def request(
+        self,
+        prepared: PreparedPrompt,
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        adapter: str | None = None,
+        cache_salt: str = "",
+        tenant: str = "",
+        priority: int = 0,
+        pooling: bool = False,
+    ) -> Request:
+        """The prompt as the engine takes it: cut to `truncate_prompt_tokens`, its `bad_words` in token ids, its
+        `structured_outputs` compiled. It may block for as long as a schema takes.
+
+        Raises:
+            InvalidRequestError: the cut would lose an image, a token id is not of the vocabulary, or the schema is bad.
+        """
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            self._check_ids(name, tuple(getattr(sampling, name) or ()))
+        prompt, spec = truncated(prepared.prompt, sampling.truncate_prompt_tokens), sampling.structured_outputs
+        return Request(
+            request_id=request_id,
+            token_ids=prompt.token_ids,
+            sampling=sampling,
+            images=prompt.images,
+            adapter=adapter,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            priority=priority,
+            eos_token_ids=self._family.eos_token_ids,
+            bad_word_ids=bad_word_ids(self._family.backend_tokenizer, tuple(sampling.bad_words or ())),
+            grammar=None if spec is None else self._structures.compile_grammar(spec),
+            pooling=pooling,
+        )
+
+    def decode_text(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises:
+            InvalidRequestError: an id is not of the vocabulary.
+        """
+        self._check_ids("tokens", token_ids)
+        return self._family.backend_tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def close(self) -> None:
         """Ends the workers; what they were decoding fails."""
         self._pool.close()
         self._threads.shutdown(cancel_futures=True)
+
+    @cached_property
+    def _structures(self) -> Structures:
+        """Made for the first request that asks for it: it walks the whole vocabulary."""
+        family = self._family
+        return Structures(family.backend_tokenizer, family.decoder_config.vocab_size, family.eos_token_ids)
+
+    def _check_ids(self, param: str, token_ids: Sequence[int]) -> None:
+        size = self._family.decoder_config.vocab_size
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < size:
+            raise InvalidRequestError(f"{param} must hold token ids from 0 to {size - 1}.", param=param)
 
     def _process(self, image: tuple[str, ImagePart]) -> tuple[ImageInputs, ImageReceipt]:
         place, part = image
@@ -79,3 +158,30 @@ class Ingest:
     def _render(self, chat: ChatInput, images: list[tuple[ImageInputs, ImageReceipt]]) -> PreparedPrompt:
         prompt = self._family.render_chat(chat, [inputs for inputs, _ in images])
         return PreparedPrompt(prompt, tuple(receipt for _, receipt in images))
+
+
+def truncated(prompt: Prompt, kept: int | None) -> Prompt:
+    """The prompt's last `kept` tokens; all for None.
+
+    Raises:
+        InvalidRequestError: an image, or a part of one, is before them. An answer must not pass for one about an image
+            that the model has not seen.
+    """
+    cut = 0 if kept is None else max(0, len(prompt.token_ids) - kept)
+    if cut == 0:
+        return prompt
+    if prompt.images and prompt.images[0].offset < cut:
+        least = len(prompt.token_ids) - prompt.images[0].offset
+        raise InvalidRequestError(
+            f"The last {kept} tokens of the prompt leave out an image or a part of one. Keep at least {least}, or send "
+            "fewer images.",
+            param="truncate_prompt_tokens",
+        )
+    return Prompt(prompt.token_ids[cut:], tuple(replace(span, offset=span.offset - cut) for span in prompt.images))
+
+
+def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of each word, at the start of a text and after a space, as vLLM has it."""
+    texts = [text for word in words for text in (word.lstrip(), " " + word.lstrip())]
+    encoded = (tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+    return tuple(dict.fromkeys(ids for ids in encoded if ids))

@@ -5,6 +5,7 @@ Base64 is decoded and a URL's scheme is judged here; what the bytes are is found
 
 import binascii
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from vlm_serve.errors import InvalidRequestError
-from vlm_serve.types import ChatInput, ChatMessage, ImagePart, TextPart
+from vlm_serve.types import ChatInput, ChatMessage, ImagePart, TextPart, ToolCall
 
 DICOM = "application/dicom"
 SNIFF = "application/octet-stream"
@@ -79,8 +80,24 @@ def read_conversation(messages: Sequence[Mapping[str, Any]]) -> ChatInput:
         if isinstance(content, str):
             content = ({"type": "text", "text": content},)
         parts = tuple(_read_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content))
-        chat.append(ChatMessage(str(message.get("role", "user")), parts))
+        calls = tuple(_read_call(call, f"messages[{index}].tool_calls") for call in message.get("tool_calls") or ())
+        chat.append(ChatMessage(str(message.get("role", "user")), parts, calls, message.get("tool_call_id")))
     return ChatInput(tuple(chat))
+
+
+def _read_call(call: Any, param: str) -> ToolCall:
+    """A call as an answer has it; its arguments are JSON, or the object itself."""
+    match call:
+        case {"id": str(name), "function": {"name": str(function), "arguments": arguments}}:
+            try:
+                arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            except ValueError:
+                arguments = None
+            if isinstance(arguments, Mapping):
+                return ToolCall(name, function, arguments)
+    raise InvalidRequestError(
+        "A tool call needs an id and a function with its name and its arguments, a JSON object.", param=param
+    )
 
 
 def _read_part(part: Mapping[str, Any], param: str) -> TextPart | ImagePart:

@@ -4,6 +4,7 @@ import msgspec
 
 from vlm_serve.config import EngineConfig, ModelConfig
 from vlm_serve.lora.store import AdapterFolder
+from vlm_serve.serving.tensors import PlacedTensor
 from vlm_serve.types import EngineStats, Request, StepOutput
 
 
@@ -14,18 +15,24 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """
 
     folder: str
-    spawned: float
     model: ModelConfig
     engine: EngineConfig
     adapters: tuple[AdapterFolder, ...]
+    spawned: float = 0.0
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
+    """A request. The tensors of its images come beside it, in the memory of the file descriptor that is sent along."""
+
     request: Request
+    tensors: tuple[PlacedTensor, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Ends a request, or of its answers the one of this index."""
+
     request_id: str
+    index: int | None = None
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
@@ -66,6 +73,16 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     param: str | None
 
 
+class Stepping(msgspec.Struct, frozen=True, tag=True):
+    """Which requests the steps from now on compute, until the next such word; none while the engine is idle.
+
+    Said before the step begins. What a process has said is read after its death, too: this is how it is known which
+    requests were in the step that it died in.
+    """
+
+    request_ids: tuple[str, ...]
+
+
 class Step(msgspec.Struct, frozen=True, tag=True):
     output: StepOutput
 
@@ -76,4 +93,4 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = Start | Add | Abort | Ping
-FromEngine = Phase | Ready | StartFailed | Admitted | Refused | Step | Pong
+FromEngine = Phase | Ready | StartFailed | Admitted | Refused | Stepping | Step | Pong
