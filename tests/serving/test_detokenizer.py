@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from vlm_serve.serving.detokenizer import Detokenizer
-from vlm_serve.types import FinishReason
+from vlm_serve.serving.detokenizer import Detokenizer, TextDelta
+from vlm_serve.types import FinishReason, SamplingParams
 
 EOS = 256
 
@@ -21,60 +21,153 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def run(tokenizer: Tokenizer, text: str, stop: list[str], chunk: int = 1) -> tuple[str, list[str], int, FinishReason]:
+def detokenizer(tokenizer: Tokenizer, stop: str | list[str] = (), **sampling) -> Detokenizer:
+    return Detokenizer(tokenizer, SamplingParams(max_tokens=100, stop=stop, **sampling))
+
+
+def deltas(tokenizer: Tokenizer, text: str, stop=(), chunk: int = 1, **sampling) -> list[TextDelta]:
+    """The answer `text`, `chunk` tokens a step, up to its end."""
     ids = tokenizer.encode(text).ids
-    detokenizer, pieces, counted = Detokenizer(tokenizer, stop), [], 0
+    one, given = detokenizer(tokenizer, stop, **sampling), []
     for start in range(0, len(ids), chunk):
-        step = ids[start : start + chunk]
-        delta = detokenizer.add(step, FinishReason.LENGTH if start + chunk >= len(ids) else None)
-        pieces.append(delta.text)
-        counted += len(delta.token_ids)
-        if delta.finish_reason:
-            return "".join(pieces), pieces, counted, delta.finish_reason
+        ends = start + chunk >= len(ids)
+        given.append(one.add(ids[start : start + chunk], FinishReason.LENGTH if ends else None))
+        if given[-1].finish_reason:
+            return given
     raise AssertionError("it never ended")
+
+
+def whole(given: list[TextDelta]) -> str:
+    return "".join(delta.text for delta in given)
+
+
+def counted(given: list[TextDelta]) -> int:
+    return sum(len(delta.token_ids) for delta in given)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 @pytest.mark.parametrize("text", ["The heart is of normal size.", "Größe 3 µm → 漢字 🫀 fin", "a\n\n b  "])
 def test_the_pieces_make_up_the_whole(tokenizer, text, chunk):
-    whole, pieces, counted, reason = run(tokenizer, text, [], chunk)
-    assert whole == text
-    assert counted == len(tokenizer.encode(text).ids)
-    assert reason is FinishReason.LENGTH
-    assert all("�" not in piece for piece in pieces)
+    given = deltas(tokenizer, text, [], chunk)
+    assert whole(given) == text
+    assert counted(given) == len(tokenizer.encode(text).ids)
+    assert given[-1].finish_reason is FinishReason.LENGTH
+    assert all("�" not in delta.text for delta in given)
 
 
 def test_an_answer_cut_inside_a_character_ends_as_decode_has_it(tokenizer):
     ids = tokenizer.encode("a🫀").ids[:-1]
-    detokenizer = Detokenizer(tokenizer, [])
-    text = "".join(
-        detokenizer.add([i], FinishReason.LENGTH if n == len(ids) - 1 else None).text for n, i in enumerate(ids)
-    )
+    one = detokenizer(tokenizer)
+    text = "".join(one.add([i], FinishReason.LENGTH if n == len(ids) - 1 else None).text for n, i in enumerate(ids))
     assert text == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_a_stop_string_across_token_borders_ends_the_answer_and_drops_the_surplus(tokenizer, chunk):
-    whole, _pieces, counted, reason = run(tokenizer, "Findings: none. Impression: normal", ["Impression"], chunk)
-    assert whole == "Findings: none. "
-    assert reason is FinishReason.STOP
-    assert counted == len("Findings: none. Impression")
+    given = deltas(tokenizer, "Findings: none. Impression: normal", ["Summary", "Impression"], chunk)
+    assert whole(given) == "Findings: none. "
+    assert (given[-1].finish_reason, given[-1].stop_reason) == (FinishReason.STOP, "Impression")
+    assert counted(given) == len("Findings: none. Impression")
+    assert all(delta.stop_reason is None for delta in given[:-1])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_a_stop_string_may_be_kept_and_is_then_the_last_of_the_text(tokenizer, chunk):
+    given = deltas(tokenizer, "Findings: none. Impression", "none", chunk, include_stop_str_in_output=True)
+    assert whole(given) == "Findings: none"
+    assert given[-1].stop_reason == "none"
 
 
 def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_decided(tokenizer):
-    _, pieces, _, _ = run(tokenizer, "abcabd!", ["abd"])
-    assert pieces == ["", "", "abc", "", "", ""]
+    given = deltas(tokenizer, "abcabd!", ["abd"])
+    assert [delta.text for delta in given] == ["", "", "abc", "", "", ""]
 
 
 def test_held_text_that_became_no_stop_string_is_given_out_at_the_end(tokenizer):
-    whole, _, _, reason = run(tokenizer, "no stop he", ["here"])
-    assert (whole, reason) == ("no stop he", FinishReason.LENGTH)
+    given = deltas(tokenizer, "no stop he", ["here"])
+    assert (whole(given), given[-1].finish_reason) == ("no stop he", FinishReason.LENGTH)
+    assert given[-1].stop_reason is None
 
 
 def test_the_earliest_of_several_stop_strings_cuts(tokenizer):
-    assert run(tokenizer, "one two three", ["three", "two"], chunk=100)[0] == "one "
+    given = deltas(tokenizer, "one two three", ["three", "two"], chunk=100)
+    assert (whole(given), given[-1].stop_reason) == ("one ", "two")
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        (["cdef", "de"], "abc", "de"),  # complete first, though it begins later
+        (["e", "cde"], "ab", "cde"),  # complete together: the longer one
+        (["cd", "cde"], "ab", "cd"),
+    ],
+)
+def test_which_stop_string_it_was_does_not_hang_on_how_the_text_is_cut_into_tokens(
+    tokenizer, stop, text, reason, chunk
+):
+    whole_word = Tokenizer(models.WordLevel({"abcdefg": 0, "?": 1}, "?"))
+    for given in (
+        deltas(tokenizer, "abcdefg", stop, chunk),
+        deltas(tokenizer, "abcdefg", list(reversed(stop)), chunk),
+        deltas(whole_word, "abcdefg", stop, chunk),
+    ):
+        assert (whole(given), given[-1].stop_reason) == (text, reason)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize(
+    ("stop", "least", "text", "tokens"),
+    [
+        ([".cd", ".ef"], 0, "ab", 5),  # `.cd` is complete with the fifth token, `.ef` with the eighth
+        ([".cd", ".ef"], 4, "ab", 5),
+        ([".cd", ".ef"], 5, "ab.cd", 8),
+        ([".cd", ".ef"], 8, "ab.cd.ef.gh", 11),
+        (["ef.gh", ".ef"], 9, "ab.cd.", 11),  # begins among the first nine and ends beyond them
+    ],
+)
+def test_no_stop_string_that_the_first_tokens_complete_ends_an_answer(tokenizer, stop, least, text, tokens, chunk):
+    given = deltas(tokenizer, "ab.cd.ef.gh", stop, chunk, min_tokens=least)
+    assert (whole(given), counted(given)) == (text, tokens)
+    assert counted(given) > least
+
+
+def test_text_of_the_first_tokens_that_may_begin_a_stop_string_is_still_held_back(tokenizer):
+    given = deltas(tokenizer, "xabz!", ["xabz", "ab"], min_tokens=3)
+    assert [delta.text for delta in given] == ["", "", "", ""]
+    assert given[-1].stop_reason == "xabz"
+    given = deltas(tokenizer, "xaby!", ["xabz", "ab"], min_tokens=3)
+    assert (whole(given), given[-1].finish_reason) == ("xaby!", FinishReason.LENGTH)
 
 
 def test_the_end_token_counts_and_has_no_text(tokenizer):
-    delta = Detokenizer(tokenizer, []).add([EOS], FinishReason.STOP)
-    assert (delta.text, delta.token_ids, delta.finish_reason) == ("", (EOS,), FinishReason.STOP)
+    assert detokenizer(tokenizer).add([EOS], FinishReason.STOP, EOS) == TextDelta("", (EOS,), FinishReason.STOP)
+    seen = detokenizer(tokenizer, skip_special_tokens=False)
+    assert seen.add([EOS], FinishReason.STOP, EOS).text == ""
+
+
+def test_a_stop_token_counts_is_named_and_has_no_text_unless_it_is_asked_for(tokenizer):
+    a, b, c = tokenizer.encode("abc").ids
+    given = detokenizer(tokenizer, stop_token_ids=[c]).add([a, b, c], FinishReason.STOP, c)
+    assert given == TextDelta("ab", (a, b, c), FinishReason.STOP, c)
+    asked = detokenizer(tokenizer, stop_token_ids=[c], include_stop_str_in_output=True)
+    assert asked.add([a, b, c], FinishReason.STOP, c).text == "abc"
+
+
+def test_special_tokens_are_text_only_if_they_are_asked_for(tokenizer):
+    a, b = tokenizer.encode("ab").ids
+    for skips, text in ((True, "ab"), (False, "a<eos>b")):
+        one = detokenizer(tokenizer, skip_special_tokens=skips)
+        assert one.add([a, EOS, b], FinishReason.LENGTH).text == text
+
+
+def test_bytes_that_undo_a_character_already_given_out_end_no_answer():
+    """Byte fallback decodes a run of bytes as a whole: one that is no UTF-8 turns all of it into replacements."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate([*names, "z"])}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    ids = [ord("A"), 0xE5, ord("B"), 256, ord("C"), 256]
+    one = detokenizer(tokenizer)
+    given = [one.add([token], FinishReason.LENGTH if n == len(ids) - 1 else None) for n, token in enumerate(ids)]
+    text = whole(given)
+    assert (text[0], text[-3:], counted(given)) == ("A", "zCz", 6)

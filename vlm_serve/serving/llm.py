@@ -2,62 +2,66 @@
 
 import itertools
 import logging
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
 
-from vlm_serve.clinical.image import ImageReceipt
 from vlm_serve.config import EngineConfig, IngestConfig, ModelConfig
 from vlm_serve.engine.engine import Engine
-from vlm_serve.errors import InvalidRequestError, ModelNotFoundError
+from vlm_serve.errors import InvalidRequestError, ModelNotFoundError, RequestFailedError, VlmServeError
 from vlm_serve.families import load_family, resolve_model
+from vlm_serve.families.prompt import ToolFormat
 from vlm_serve.lora.store import AdapterStore
-from vlm_serve.serving.detokenizer import Detokenizer
-from vlm_serve.serving.ingest import Ingest, PreparedPrompt
+from vlm_serve.serving.flight import Flight, Running
+from vlm_serve.serving.ingest import Ingest
 from vlm_serve.serving.media import read_conversation
-from vlm_serve.types import Request, SamplingParams, TokenOutput
+from vlm_serve.serving.outputs import Answers, EmbeddingRequestOutput, Pooled, RequestOutput
+from vlm_serve.serving.served_model import ServedModel, served_models
+from vlm_serve.serving.token_bytes import TokenBytes
+from vlm_serve.types import ChatInput, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
+PromptInput = str | Mapping[str, Any]
+"""A text, `{"prompt": text}` or `{"prompt_token_ids": ids}`, as vLLM takes them."""
+
 T = TypeVar("T")
+Output = RequestOutput | EmbeddingRequestOutput
+
+DEFAULTS = EngineConfig()
+
+READ_AHEAD = 8
+"""Jobs of a stream whose images are decoded while the engine is full."""
 
 
 @dataclass(slots=True)
-class CompletionOutput:
-    """One answer. `finish_reason` is `stop`, `length`, or `error` where a fault in the engine cut it short."""
+class Job:
+    """One request of a stream: a conversation, a text or token ids. Without `sampling` it asks for its embedding.
 
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """The answer to one prompt, in vLLM's shape, with the receipts of its images.
-
-    `prompt` is the text as given, None for a conversation; `notice` is what the model says of itself to
-    be told with every answer about an image.
+    A lower `priority` goes first. `key` is the caller's, to know its answer by.
     """
 
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool = True
-    num_cached_tokens: int = 0
-    receipts: tuple[ImageReceipt, ...] = ()
-    notice: str | None = None
+    input: ChatInput | str | tuple[int, ...]
+    sampling: SamplingParams | None
+    adapter: str | None = None
+    priority: int = 0
+    key: object = None
 
 
 class LLM:
-    """A model in this process.
+    """A model in this process. Not thread-safe.
 
         llm = LLM("demo")
         for out in llm.generate(["The heart has"], SamplingParams(temperature=0)):
@@ -67,6 +71,9 @@ class LLM:
         model: `demo`, or a checkpoint folder.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         max_model_len: the longest prompt with its answer, in tokens; None for what the model and cache hold.
+        enable_prefix_caching: whether prompts that begin alike share what was computed for them.
+        max_num_batched_tokens: computed in one step.
+        block_size: tokens in a block of the KV cache.
         adapters: a directory of PEFT folders; `adapter=NAME` in a call asks for one.
         device: `auto`, `cpu` or `cuda`.
         kv_cache_memory: bytes.
@@ -82,69 +89,179 @@ class LLM:
         *,
         dtype: str = "auto",
         max_model_len: int | None = None,
+        enable_prefix_caching: bool = DEFAULTS.enable_prefix_caching,
+        max_num_batched_tokens: int = DEFAULTS.max_num_batched_tokens,
+        block_size: int = DEFAULTS.block_size,
         adapters: str | Path | None = None,
         device: str = "auto",
         kv_cache_memory: int | None = None,
+        ingest: IngestConfig | None = None,
         on_phase: Callable[[str, float], None] = lambda name, seconds: None,
         **engine: Any,
     ) -> None:
         folder = resolve_model(str(model), logger.info)
         self._family = load_family(folder)
         self._adapters = AdapterStore(None if adapters is None else Path(adapters))
-        self.engine = Engine.build(
-            self._family,
-            ModelConfig(str(model), None, dtype, device),
-            EngineConfig(max_model_len=max_model_len, kv_cache_memory=kv_cache_memory, **engine),
-            self._adapters.adapters,
-            on_phase,
+        config = EngineConfig(
+            max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            kv_cache_memory=kv_cache_memory,
+            **engine,
         )
-        self._ingest = Ingest(self._family, IngestConfig())
+        model_config = ModelConfig(str(model), None, dtype, device)
+        self.engine = Engine.build(self._family, model_config, config, self._adapters.adapters, on_phase)
+        self._folder, self._name = folder, model_config.served_name
+        self.token_bytes = TokenBytes(self._family.backend_tokenizer)
+        self._at_once = config.max_num_seqs + READ_AHEAD
+        self._ingest = Ingest(self._family, ingest or IngestConfig())
+        self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._ids = itertools.count()
+        self._is_busy = threading.Lock()
+
+    @cached_property
+    def models(self) -> tuple[ServedModel, ...]:
+        """The base model and its adapters, as the server lists them. The first time, it reads the whole checkpoint."""
+        return tuple(served_models(self._name, self._folder, self._family, self._adapters, self.engine.max_model_len))
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes a call of a tool; None if its template knows none."""
+        return self._family.prompts.tool_format
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer, to make prompts with."""
+        return self._family.tokenizer
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises:
+            InvalidRequestError: an id is not of the vocabulary.
+        """
+        return self._ingest.decode_text(token_ids)
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Continues plain prompts; no chat template is applied.
+        """Continues plain prompts; no chat template is applied. Answers are in the order of the prompts.
+
+        A fault in the engine ends one prompt's answers, whose `finish_reason` is then `error`; the others go on.
 
         Args:
+            prompts: one or several, each a text, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
             sampling_params: for all, or one for each prompt.
             adapter: for all, or one for each prompt; None is the base model.
             use_tqdm: shows a progress bar (vLLM's name for it).
 
         Raises:
             InvalidRequestError: a prompt cannot be served; nothing has run then.
+            KeyboardInterrupt: all is aborted; the engine can be used again.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        prepared = [self._ingest.prepare_text(text) for text in texts]
-        return self._run(prepared, cast(list[str | None], texts), sampling_params, adapter, use_tqdm)
+        return self._answer([_read_prompt(prompt) for prompt in _as_list(prompts)], sampling_params, adapter, use_tqdm)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
         *,
         adapter: str | Sequence[str | None] | None = None,
-        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several; parts as in the API, or
-        `{"type": "image", "image": PIL image, path or bytes}` (DICOM, PNG or JPEG).
+        `{"type": "image", "image": PIL image, path or bytes}` (DICOM, PNG or JPEG). Otherwise as `generate`.
+
+        Args:
+            add_generation_prompt: whether the prompt ends with the cue for an answer.
+            continue_final_message: whether the answer goes on with the last message instead.
+            tools: functions that the model is told of, in OpenAI's form.
+            chat_template_kwargs: further variables of the model's chat template.
 
         Raises:
             ImageError: an image cannot be used.
             InvalidRequestError: a conversation cannot be served; nothing has run then.
+            KeyboardInterrupt: all is aborted; the engine can be used again.
         """
         first = messages[0] if messages else None
         several = cast(Sequence[Conversation], [messages] if first is None or isinstance(first, Mapping) else messages)
-        prepared = [self._ingest.prepare(read_conversation(conversation)) for conversation in several]
-        return self._run(prepared, [None] * len(prepared), sampling_params, adapter, use_tqdm)
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message needs add_generation_prompt=False: there is no new answer to cue.",
+                param="continue_final_message",
+            )
+        inputs = [
+            replace(
+                read_conversation(one),
+                tools=tuple(tools or ()),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                template_kwargs=chat_template_kwargs or {},
+            )
+            for one in several
+        ]
+        return self._answer(inputs, sampling_params, adapter, use_tqdm)
+
+    def embed(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embeds plain prompts: for each a vector of norm 1, in `outputs.embedding`.
+
+        Raises:
+            InvalidRequestError: a prompt cannot be served; nothing has run then.
+            KeyboardInterrupt: all is aborted; the engine can be used again.
+        """
+        inputs = [_read_prompt(prompt) for prompt in _as_list(prompts)]
+        adapters: list[str | None] = _one_each(adapter, len(inputs), "adapter")
+        jobs = [Job(one, None, name) for one, name in zip(inputs, adapters, strict=True)]
+        return cast(list[EmbeddingRequestOutput], self._run_all(jobs, "Embeddings", use_tqdm))
+
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Answers | Pooled | VlmServeError]]:
+        """Runs any number of jobs and yields each as it ends, in whatever order that is.
+
+        Jobs are taken from the iterable as there is room: about as many are in memory as run at once. What is wrong
+        with one comes back as its result. Closed early, it aborts what is under way.
+        """
+        with self._alone() as flight:
+            source, preparing = iter(jobs), dict[Future[Running], Job]()
+            waiting_for: dict[str, Job] = {}
+            try:
+                while True:
+                    room = self._at_once - len(preparing) - len(flight)
+                    for job in itertools.islice(source, room):
+                        preparing[self._preparing.submit(self._prepare_safely, job)] = job
+                    if not preparing and not flight:
+                        return
+                    if not flight:
+                        wait(preparing, return_when=FIRST_COMPLETED)
+                    for future in [future for future in preparing if future.done()]:
+                        job = preparing.pop(future)
+                        try:
+                            waiting_for[flight.add(future.result())] = job
+                        except VlmServeError as error:
+                            yield job, error
+                    for ended in flight.step():
+                        yield waiting_for.pop(ended.request_id), ended
+            finally:
+                for future in preparing:
+                    future.cancel()
 
     def close(self) -> None:
         """Ends the decode workers."""
+        self._preparing.shutdown(cancel_futures=True)
         self._ingest.close()
 
     def __enter__(self) -> "LLM":
@@ -153,76 +270,74 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(
+    def _answer(
         self,
-        prepared: list[PreparedPrompt],
-        texts: list[str | None],
+        inputs: Sequence[ChatInput | str | tuple[int, ...]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         adapter: str | Sequence[str | None] | None,
         show_progress: bool,
     ) -> list[RequestOutput]:
-        count = len(prepared)
-        samplings = _one_each(sampling_params or SamplingParams(), count, "sampling_params")
-        adapters: list[str | None] = _one_each(adapter, count, "adapter")
-        requests = [
-            Request(
-                request_id=str(next(self._ids)),
-                token_ids=one.prompt.token_ids,
-                sampling=sampling,
-                images=one.prompt.images,
-                adapter=self._adapter_digest(name),
-                eos_token_ids=self._family.eos_token_ids,
-            )
-            for one, sampling, name in zip(prepared, samplings, adapters, strict=True)
-        ]
-        results = self._generate(requests, show_progress)
-        for result, text, one in zip(results, texts, prepared, strict=True):
-            result.prompt = text
-            result.receipts = one.receipts
-            result.notice = self._family.notice if one.receipts else None
-        return results
+        samplings = _one_each(sampling_params or SamplingParams(), len(inputs), "sampling_params")
+        adapters: list[str | None] = _one_each(adapter, len(inputs), "adapter")
+        jobs = [Job(*one) for one in zip(inputs, samplings, adapters, strict=True)]
+        return cast(list[RequestOutput], self._run_all(jobs, "Answers", show_progress))
 
-    def _generate(self, requests: list[Request], show_progress: bool) -> list[RequestOutput]:
-        results: dict[str, RequestOutput] = {}
-        detokenizers: dict[str, Detokenizer] = {}
+    def _run_all(self, jobs: Sequence[Job], title: str, show_progress: bool) -> list[Output]:
+        """The results in the jobs' order; nothing runs unless all of them can be served."""
+        prepared = [self._prepare(job) for job in jobs]
+        notice = self._family.notice
+        with self._alone() as flight, _progress_bar(show_progress) as progress:
+            for one in prepared:
+                flight.add(one)
+            task = progress.add_task(title, total=len(jobs), speed="")
+            began = time.perf_counter()
+            while flight:
+                ended = len(flight.step())
+                speed = flight.num_tokens / (time.perf_counter() - began)
+                progress.update(task, advance=ended, speed=f"{speed:.0f} tok/s" if speed else "")
+        return [one.answers.output(notice) for one in prepared]
+
+    def _prepare(self, job: Job) -> Running:
+        """A job as the engine takes it, its images decoded. Raises what `Ingest` raises."""
+        prepared = (
+            self._ingest.prepare(job.input)
+            if isinstance(job.input, ChatInput)
+            else self._ingest.prepare_text(job.input)
+        )
+        request = self._ingest.request(
+            prepared,
+            job.sampling or SamplingParams(max_tokens=1),
+            request_id=str(next(self._ids)),
+            adapter=self._adapter_digest(job.adapter),
+            priority=job.priority,
+            pooling=job.sampling is None,
+        )
+        if job.sampling is None:
+            return Running(request, Pooled(request))
+        text = job.input if isinstance(job.input, str) else None
+        return Running(request, Answers(request, text, prepared.receipts, self.token_bytes))
+
+    def _prepare_safely(self, job: Job) -> Running:
+        """As `_prepare`; a fault in it ends this job alone, and its text, which may echo a prompt, is not shown."""
         try:
-            for request in requests:
-                self.engine.add(request)
-                answer = CompletionOutput(0, "", [], None)
-                results[request.request_id] = RequestOutput(
-                    request.request_id, None, list(request.token_ids), [answer], finished=False
-                )
-                detokenizers[request.request_id] = Detokenizer(
-                    self._family.backend_tokenizer, request.sampling.stop_strings
-                )
-            with _progress_bar(show_progress) as progress:
-                task = progress.add_task("Answers", total=len(requests), speed="")
-                began, tokens = time.perf_counter(), 0
-                while self.engine.has_work:
-                    for output in self.engine.step().outputs:
-                        tokens += len(output.token_ids)
-                        done = self._take(results[output.request_id], detokenizers[output.request_id], output)
-                        progress.update(task, advance=done, speed=f"{tokens / (time.perf_counter() - began):.0f} tok/s")
-        except BaseException:
-            for request_id in results:
-                self.engine.abort(request_id)
+            return self._prepare(job)
+        except VlmServeError:
             raise
-        return list(results.values())
+        except Exception as error:  # noqa: BLE001
+            logger.error("A request could not be prepared: %s", type(error).__name__)
+            raise RequestFailedError("A fault in preparing this request ended it.") from None
 
-    def _take(self, result: RequestOutput, detokenizer: Detokenizer, output: TokenOutput) -> bool:
-        """Adds one step's tokens to an answer; True if it has ended."""
-        delta = detokenizer.add(output.token_ids, output.finish_reason)
-        answer = result.outputs[0]
-        answer.text += delta.text
-        answer.token_ids += delta.token_ids
-        result.num_cached_tokens = output.cached_tokens
-        if delta.finish_reason is None:
-            return False
-        if output.finish_reason is None:  # a stop string, which the engine does not know of
-            self.engine.abort(result.request_id)
-        answer.finish_reason = str(delta.finish_reason)
-        result.finished = True
-        return True
+    @contextmanager
+    def _alone(self) -> Iterator[Flight]:
+        """The engine for one run at a time, all of whose requests are aborted if it ends before them."""
+        if not self._is_busy.acquire(blocking=False):
+            raise InvalidRequestError("This LLM is at work. Let the run that is under way end, or close it, first.")
+        flight = Flight(self.engine)
+        try:
+            yield flight
+        finally:
+            flight.abort()
+            self._is_busy.release()
 
     def _adapter_digest(self, name: str | None) -> str | None:
         if name is None:
@@ -232,6 +347,28 @@ class LLM:
             known = ", ".join(adapter.name for adapter in self._adapters.adapters) or "none"
             raise ModelNotFoundError(f"There is no adapter {name!r}. Known: {known}.", param="adapter")
         return folder.digest
+
+
+def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
+    return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+
+
+def _read_prompt(prompt: PromptInput) -> str | tuple[int, ...]:
+    match prompt:
+        case str(text):
+            return text
+        case {"prompt_token_ids": ids} if len(prompt) == 1 and _are_ids(ids):
+            return tuple(ids)
+        case {"prompt": str(text)} if len(prompt) == 1:
+            return text
+    raise InvalidRequestError(
+        'A prompt must be a text, {"prompt": text} or {"prompt_token_ids": ids}. Images go into LLM.chat.',
+        param="prompt",
+    )
+
+
+def _are_ids(ids: Any) -> bool:
+    return isinstance(ids, Sequence) and all(type(token) is int for token in ids)
 
 
 def _one_each(value: T | Sequence[T], count: int, name: str) -> list[T]:
@@ -250,6 +387,7 @@ def _progress_bar(show: bool) -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeElapsedColumn(),
+        console=Console(stderr=True),
         disable=not show,
         transient=True,
     )

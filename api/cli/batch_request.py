@@ -1,0 +1,196 @@
+"""One line of a batch: what the engine is to do for it, and the body that the API would answer it with."""
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from api.answers.base import Writer
+from api.answers.chat import ChatWriter
+from api.answers.completions import TextWriter
+from api.cli.batch_file import BatchLine
+from api.gateway.keys import ANYONE
+from api.intake import validated
+from api.routes.embeddings import check_dimensions, embeddings_json
+from api.schemas import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+from api.schemas.completions import each_prompt
+from api.schemas.fields import CompletionFields
+from api.tools import tool_calling
+from api.wire import chat_input, priority, sampling_params
+from vlm_serve.config import ServerConfig
+from vlm_serve.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    PayloadTooLargeError,
+    RequestFailedError,
+    VlmServeError,
+)
+from vlm_serve.serving.async_llm import Embedding
+from vlm_serve.serving.llm import LLM, Job
+from vlm_serve.serving.outputs import Answers, Pooled
+from vlm_serve.serving.run import Run, TokenDelta, Usage
+from vlm_serve.serving.served_model import ServedModel
+from vlm_serve.types import JsonObject
+
+Result = Answers | Pooled | VlmServeError
+Write = Callable[[Sequence[Result]], JsonObject]
+
+
+@dataclass(slots=True)
+class BatchRequest:
+    """One line under way: a job a prompt, and their results as they come."""
+
+    custom_id: str
+    jobs: list[Job]
+    write: Write
+    results: dict[int, Result] = field(default_factory=dict)
+
+    def take(self, place: int, result: Result) -> bool:
+        """True once all results are there."""
+        self.results[place] = result
+        return len(self.results) == len(self.jobs)
+
+    def body(self) -> JsonObject:
+        """The answer's, once all results are there.
+
+        Raises:
+            VlmServeError: what is wrong with the request, or that a fault ended it.
+        """
+        results = [self.results[place] for place in range(len(self.jobs))]
+        for result in results:
+            if isinstance(result, VlmServeError):
+                raise result
+            errors = [result.error] if isinstance(result, Pooled) else [answer.error for answer in result.answers]
+            for error in errors:
+                if error is not None:
+                    raise RequestFailedError(error)
+        return self.write(results)
+
+
+def read_request(line: BatchLine, llm: LLM, config: ServerConfig) -> BatchRequest:
+    """The line as the API takes it.
+
+    Raises:
+        InputError: what the API would answer to it.
+    """
+    if line.method != "POST":
+        raise InvalidRequestError("The method must be POST.", param="method")
+    body = bytes(line.body)
+    if len(body) > config.max_body_bytes:
+        raise PayloadTooLargeError(f"The body is larger than {config.max_body_bytes} bytes.")
+    match line.url:
+        case "/v1/chat/completions":
+            jobs, write = _chat(body, llm, config.max_images)
+        case "/v1/completions":
+            jobs, write = _completion(body, llm)
+        case "/v1/embeddings":
+            jobs, write = _embedding(body, llm)
+        case _:
+            raise InvalidRequestError(
+                "The url must be /v1/chat/completions, /v1/completions or /v1/embeddings.", param="url"
+            )
+    request = BatchRequest(line.custom_id, jobs, write)
+    for place, job in enumerate(jobs):
+        job.key = (request, place)
+    return request
+
+
+def _chat(body: bytes, llm: LLM, max_images: int) -> tuple[list[Job], Write]:
+    asked = validated(ChatCompletionRequest, body)
+    _check_no_stream(asked)
+    model = _find(asked.model, llm)
+    calling = tool_calling(asked, llm.tool_format)
+    sampling = sampling_params(asked, calling.structured_outputs() if calling is not None else None)
+    chat = chat_input(asked, max_images=max_images)
+
+    def write(results: Sequence[Result]) -> JsonObject:
+        runs = _runs(results, model, llm)
+        return _written(ChatWriter(asked, calling, runs[0], llm.models[0], int(time.time())), results)
+
+    return [Job(chat, sampling, _adapter(model), priority(asked.priority, ANYONE))], write
+
+
+def _completion(body: bytes, llm: LLM) -> tuple[list[Job], Write]:
+    asked = validated(CompletionRequest, body)
+    _check_no_stream(asked)
+    model, sampling, prompts = _find(asked.model, llm), sampling_params(asked), each_prompt(asked.prompt)
+
+    def write(results: Sequence[Result]) -> JsonObject:
+        echoes = [one if isinstance(one, str) else llm.detokenize(one) for one in prompts] if asked.echo else []
+        runs = _runs(results, model, llm)
+        return _written(TextWriter(asked, echoes, runs, llm.models[0], int(time.time())), results)
+
+    urgency = priority(asked.priority, ANYONE)
+    return [Job(prompt, sampling, _adapter(model), urgency) for prompt in prompts], write
+
+
+def _embedding(body: bytes, llm: LLM) -> tuple[list[Job], Write]:
+    asked = validated(EmbeddingRequest, body)
+    model = _find(asked.model, llm)
+
+    def write(results: Sequence[Result]) -> JsonObject:
+        embeddings = []
+        for result in results:
+            assert isinstance(result, Pooled)
+            assert result.embedding is not None
+            check_dimensions(asked, result.embedding)
+            embeddings.append(Embedding(result.embedding, len(result.prompt_token_ids)))
+        return embeddings_json(asked, embeddings, sum(one.prompt_tokens for one in embeddings))
+
+    urgency = priority(asked.priority, ANYONE)
+    return [Job(prompt, None, _adapter(model), urgency) for prompt in each_prompt(asked.input)], write
+
+
+def _check_no_stream(asked: CompletionFields) -> None:
+    if asked.stream:
+        raise InvalidRequestError("A batch has no streams. Leave 'stream' out.", param="stream")
+
+
+def _find(name: str, llm: LLM) -> ServedModel:
+    for model in llm.models:
+        if model.id == name:
+            return model
+    known = ", ".join(model.id for model in llm.models)
+    raise ModelNotFoundError(f"There is no model of this name. Known: {known}.", param="model")
+
+
+def _adapter(model: ServedModel) -> str | None:
+    return None if model.parent is None else model.id
+
+
+class _EndedRun:
+    """What the writers of the API read of a `Run`, of one that has ended."""
+
+    def __init__(self, answers: Answers, model: ServedModel, llm: LLM) -> None:
+        self.request_id = uuid.uuid4().hex
+        self.model = model
+        self.receipts = answers.receipts
+        self.image_digests = answers.image_digests
+        self.prompt_token_ids = answers.prompt_token_ids
+        self.prompt_tokens = len(answers.prompt_token_ids)
+        self.prompt_logprobs = answers.prompt_logprobs
+        self.token_bytes = llm.token_bytes.__getitem__
+
+
+def _runs(results: Sequence[Result], model: ServedModel, llm: LLM) -> list[Run]:
+    return [cast(Run, _EndedRun(one, model, llm)) for one in results if isinstance(one, Answers)]
+
+
+def _written(writer: Writer, results: Sequence[Result]) -> JsonObject:
+    """The whole body: each answer is one delta."""
+    for number, one in enumerate(results):
+        assert isinstance(one, Answers)
+        usage = Usage(len(one.prompt_token_ids), one.num_tokens, one.cached_tokens)
+        for index, answer in enumerate(one.answers):
+            delta = TokenDelta(
+                index=index,
+                text=answer.text,
+                token_ids=tuple(answer.token_ids),
+                finish_reason=answer.finish_reason,
+                stop_reason=answer.stop_reason,
+                usage=usage,
+                logprobs=tuple(answer.logprobs),
+            )
+            writer.accept(number, delta)
+    return writer.whole()
