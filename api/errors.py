@@ -9,16 +9,20 @@ fixed text: its own may carry what it was given.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from api.disconnect import ClientGoneError
 from api.record import record_of
+from api.schemas.fields import WireModel
 from vlm_serve.errors import (
+    AuthenticationError,
     ContextLengthError,
     CorruptImageError,
     EngineDeadError,
@@ -30,6 +34,8 @@ from vlm_serve.errors import (
     ModelNotFoundError,
     OverloadedError,
     PayloadTooLargeError,
+    PermissionDeniedError,
+    PoisonedRequestError,
     RequestFailedError,
     ServiceError,
     UnsupportedImageError,
@@ -52,6 +58,8 @@ TABLE: Mapping[type[VlmServeError], HttpError] = {
     InputError: HttpError(400, "invalid_request_error"),
     InvalidRequestError: HttpError(400, "invalid_request_error"),
     ContextLengthError: HttpError(400, "invalid_request_error", "context_length_exceeded"),
+    AuthenticationError: HttpError(401, "authentication_error", "invalid_api_key", {"WWW-Authenticate": "Bearer"}),
+    PermissionDeniedError: HttpError(403, "permission_error", "permission_denied"),
     ModelNotFoundError: HttpError(404, "invalid_request_error", "model_not_found"),
     PayloadTooLargeError: HttpError(413, "invalid_request_error", "payload_too_large"),
     ImageError: HttpError(422, "invalid_request_error", "invalid_image"),
@@ -62,8 +70,12 @@ TABLE: Mapping[type[VlmServeError], HttpError] = {
     ServiceError: HttpError(503, "server_error", "unavailable"),
     OverloadedError: HttpError(429, "rate_limit_error", "overloaded", {"Retry-After": "1"}),
     EngineDeadError: HttpError(503, "server_error", "engine_unavailable"),
+    PoisonedRequestError: HttpError(500, "server_error", "request_refused"),
     RequestFailedError: HttpError(500, "server_error", "request_failed"),
 }
+
+CLIENT_CLOSED_REQUEST = 499
+"""In the log, for a client that left before its answer (nginx's number); nobody is there to read it."""
 
 INTERNAL = HttpError(500, "server_error", "internal_error")
 INTERNAL_MESSAGE = "An unexpected error ended this request. Its id, in the X-Request-Id header, finds it in the log."
@@ -91,29 +103,40 @@ def error_response(error: Exception) -> JSONResponse:
 
 
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
-_OUR_WORDS = {
-    "union_tag_invalid": "'type' must be one of text, image_url, dicom.",
-    "union_tag_not_found": "'type' is missing: text, image_url or dicom.",
-}
 
 
-def _field_path(location: Sequence[int | str]) -> str | None:
-    """`messages[0].content[1].image_url.url`: pydantic's location without the tag of the part's union."""
+@cache
+def _field_names() -> frozenset[str]:
+    """Every field of the wire's models: all else in a location of pydantic's is its own, or a caller's."""
+    models, names = [WireModel], set[str]()
+    for model in models:
+        models += model.__subclasses__()
+        names |= {field.alias or name for name, field in model.model_fields.items()}
+    return frozenset(names)
+
+
+def _field_path(location: Sequence[int | str], *, is_unknown: bool = False) -> str | None:
+    """`messages[0].content[1].image_url.url`: pydantic's location without the tags of unions.
+
+    Args:
+        is_unknown: its last step is a field that no model has.
+    """
     path = ""
     for index, step in enumerate(location):
+        is_last = index == len(location) - 1
         if isinstance(step, int):
             path += f"[{step}]"
         elif index >= 2 and location[index - 2] == "content" and isinstance(location[index - 1], int):
             continue
-        elif _FIELD.fullmatch(step):
+        elif step in _field_names() or (is_unknown and is_last and _FIELD.fullmatch(step)):
             path += f".{step}" if path else step
     return path or None
 
 
 def invalid_request(error: ValidationError) -> InvalidRequestError:
     """Of pydantic's findings, every unknown field by name, else the first; never the value that was sent."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    unknown = [_field_path(item["loc"]) for item in found if item["type"] == "extra_forbidden"]
+    found = error.errors(include_url=False, include_input=False)
+    unknown = [_field_path(item["loc"], is_unknown=True) for item in found if item["type"] == "extra_forbidden"]
     if unknown:
         names = ", ".join(f"'{name}'" if name else "a field with an odd name" for name in unknown[:8])
         return InvalidRequestError(f"Unknown: {names}. Leave it out, or check its spelling.", param=unknown[0])
@@ -123,7 +146,13 @@ def invalid_request(error: ValidationError) -> InvalidRequestError:
         message = first["msg"].removeprefix("Value error, ")
         named = re.search(r"'(\w+)'", message)
         return InvalidRequestError(message, param=param or (named.group(1) if named else None))
-    message = _OUR_WORDS.get(first["type"], first["msg"].rstrip(".") + ".")
+    if first["type"] == "union_tag_invalid":  # pydantic's own text echoes the tag
+        tags = first["ctx"]["expected_tags"].replace("'", "")
+        message = f"'type' must be one of {tags}."
+    elif first["type"] == "union_tag_not_found":
+        message = "'type' is missing."
+    else:
+        message = first["msg"].rstrip(".") + "."
     return InvalidRequestError(f"{param}: {message}" if param else message, param=param)
 
 
@@ -147,6 +176,14 @@ def install_error_handlers(app: FastAPI) -> None:
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         return JSONResponse(_form(message, kind, None, code), error.status_code, headers=error.headers)
 
-    handlers: dict[Any, Any] = {VlmServeError: ours, RequestValidationError: validation, HTTPException: routing}
+    def gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    handlers: dict[Any, Any] = {
+        VlmServeError: ours,
+        RequestValidationError: validation,
+        HTTPException: routing,
+        ClientGoneError: gone,
+    }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

@@ -77,7 +77,7 @@ class RequestLog:
             for name, value in record.facts.items()
         )
         status = record.status if record.status is not None else "-"
-        level = logging.DEBUG if route in ("/health", "/metrics") and record.status == 200 else logging.INFO
+        level = logging.DEBUG if route in ("/health", "/ready", "/metrics") and record.status == 200 else logging.INFO
         logger.log(
             level,
             "request %s: %s %s status=%s%s seconds=%.3f",

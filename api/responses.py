@@ -1,13 +1,13 @@
-"""What goes back: OpenAI's chat completion and its chunks, and `x_vlm_serve` beside them, never in `content`."""
+"""What bodies have in common: models, usage, and `x_vlm_serve` beside an answer, never in its content."""
 
 from dataclasses import asdict, replace
-from typing import Literal
 
 import msgspec
 
 from vlm_serve.clinical.image import ImageReceipt
-from vlm_serve.serving.async_llm import ChatRun, ServedModel, Usage
-from vlm_serve.types import FinishReason, JsonObject
+from vlm_serve.serving.run import Run, Usage
+from vlm_serve.serving.served_model import ServedModel
+from vlm_serve.types import JsonObject
 
 DRAFT_NOTICE = "Draft for review by a qualified clinician. Not for diagnostic use."
 
@@ -43,7 +43,7 @@ def usage_json(usage: Usage) -> JsonObject:
     }
 
 
-def image_answer_json(run: ChatRun, base: ServedModel) -> JsonObject:
+def image_answer_json(run: Run, base: ServedModel) -> JsonObject:
     """`x_vlm_serve`: what a reader of an answer to images must know, and what repeats it."""
     adapter = run.model if run.model.parent is not None else None
     notices = dict.fromkeys(model.notice for model in (base, run.model) if model.notice)
@@ -59,53 +59,7 @@ def image_answer_json(run: ChatRun, base: ServedModel) -> JsonObject:
     }
 
 
-class CompletionWriter:
-    """Writes the answer of one run, whole or in chunks, all under one id."""
-
-    def __init__(self, run: ChatRun, base: ServedModel, created: int, *, include_usage: bool) -> None:
-        self._run = run
-        self._include_usage = include_usage
-        self._base = base
-        self._created = created
-
-    def _head(self, kind: Literal["chat.completion", "chat.completion.chunk"]) -> JsonObject:
-        return {
-            "id": f"chatcmpl-{self._run.request_id}",
-            "object": kind,
-            "created": self._created,
-            "model": self._run.model.id,
-            "system_fingerprint": self._run.model.digest[:16],
-        }
-
-    def _image_answer(self) -> JsonObject:
-        return {"x_vlm_serve": image_answer_json(self._run, self._base)} if self._run.receipts else {}
-
-    def completion(self, text: str, reason: FinishReason, usage: Usage) -> JsonObject:
-        """The whole answer."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason.value}
-        return self._head("chat.completion") | {"choices": [choice], "usage": usage_json(usage)} | self._image_answer()
-
-    def first_chunk(self) -> JsonObject:
-        """The role, and `x_vlm_serve` for a request with images; sent before the first token is known."""
-        return self._chunk({"role": "assistant", "content": ""}, None) | self._image_answer()
-
-    def text_chunk(self, text: str, reason: FinishReason | None) -> JsonObject:
-        return self._chunk({"content": text} if text else {}, reason)
-
-    def usage_chunk(self, usage: Usage) -> JsonObject:
-        """The last chunk, without a choice, for `stream_options.include_usage`."""
-        return self._head("chat.completion.chunk") | {"choices": [], "usage": usage_json(usage)}
-
-    def _chunk(self, delta: JsonObject, reason: FinishReason | None) -> JsonObject:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason and reason.value}
-        # As OpenAI has it: every chunk names the usage that only the last one knows.
-        usage = {"usage": None} if self._include_usage else {}
-        return self._head("chat.completion.chunk") | {"choices": [choice]} | usage
-
-
 def server_sent_event(data: JsonObject) -> bytes:
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"
+    """One event; one with a type of its own is sent under its name."""
+    name = f"event: {data['type']}\n".encode() if "type" in data else b""
+    return name + b"data: " + msgspec.json.encode(data) + b"\n\n"

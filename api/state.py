@@ -6,7 +6,8 @@ from fastapi import Request
 
 from api.metrics import Metrics
 from vlm_serve.config import ServerConfig
-from vlm_serve.serving.async_llm import AsyncLLM, ServedModel
+from vlm_serve.serving.async_llm import AsyncLLM
+from vlm_serve.serving.served_model import ServedModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,14 @@ def _command(name: str) -> "Callable[..., int]":
         from api.cli.chat import chat
 
         return chat
+    if name == "make-key":
+        from api.cli.make_key import print_key
+
+        return print_key
+    if name == "run-batch":
+        from api.cli.run_batch import run_batch
+
+        return run_batch
     if name == "inspect-dicom":
         from api.cli.inspect_dicom import inspect_dicom
 

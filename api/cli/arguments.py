@@ -12,6 +12,7 @@ examples:
   vlm-serve serve                              the embedded default model on port 8000
   vlm-serve chat --image chest.dcm "Describe this radiograph."
   vlm-serve inspect-dicom chest.dcm            how a file would be shown to a model
+  vlm-serve run-batch in.jsonl out.jsonl       a file of requests, answered without a server
   vlm-serve bench                              what this machine can do
   vlm-serve evaluate --data studies --model radiology    drafts scored against reports
   vlm-serve train-adapter --data train.jsonl --out adapters/thorax    from reports of your own
@@ -28,12 +29,28 @@ a file of settings:
   engine: {kv_cache_memory: 8GiB, max_num_seqs: 32}
   server: {host: 0.0.0.0, port: 8000}
 """,
+    "make-key": """\
+examples:
+  vlm-serve make-key radiology                 a key, and its line for the file
+  vlm-serve make-key emergency --stat          its requests may go before routine ones
+  vlm-serve make-key monitoring --metrics      it may read /metrics
+  vlm-serve serve --api-keys keys.yaml
+""",
     "chat": """\
 examples:
   vlm-serve chat "What are the signs of a pneumothorax?"
   vlm-serve chat --image chest.dcm --image prior.dcm "Compare the two."
-  vlm-serve chat --url http://localhost:8000 --model radiology "Say hello."
+  vlm-serve chat --url http://localhost:8000 --model radiology "Say hello."    a key: in VLM_SERVE_API_KEY
   vlm-serve chat                               # a conversation; /image FILE adds a file, /quit ends
+""",
+    "run-batch": """\
+examples:
+  vlm-serve run-batch in.jsonl out.jsonl       again, if it was cut off: it goes on
+  vlm-serve run-batch --model ~/models/llava-1.5-7b --adapters ~/adapters in.jsonl out.jsonl
+
+in.jsonl holds one request a line, in OpenAI's batch format, for chats, completions or embeddings:
+  {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
+   "body": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}}
 """,
     "inspect-dicom": """\
 examples:
@@ -91,6 +108,16 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, help="makes sampling repeatable")
     _add_model(chat)
 
+    key = _parser(commands, "make-key", "Make a key for a tenant of a server.")
+    key.add_argument("tenant", help="whose it is: a word of letters, digits, dots and dashes")
+    key.add_argument("--stat", action="store_true", help="allow priority stat")
+    key.add_argument("--metrics", action="store_true", help="allow /metrics, the figures of all tenants")
+
+    batch = _parser(commands, "run-batch", "Answer a file of requests, without a server.")
+    batch.add_argument("input", type=Path, help="a request a line, as JSON")
+    batch.add_argument("output", type=Path, help="for an answer a line; what is in it already is not asked again")
+    _add_model(batch)
+
     inspect = _parser(commands, "inspect-dicom", "Show what a file becomes, without a model.")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--png", type=Path, metavar="OUT", help="write the pixels as a PNG file")
@@ -140,6 +167,7 @@ def _add_model(parser: argparse.ArgumentParser, checkpoint_flag: str = "model") 
     _add_setting(group, "engine.kv_cache_memory", "such as 2GiB (default: 1GiB)")
     _add_setting(group, "engine.max_num_seqs", "requests in one batch (default: 64)")
     _add_setting(group, "engine.max_num_batched_tokens", "tokens in one step (default: 512)")
+    _add_setting(group, "engine.speculative_tokens", "tokens guessed at once from what is there (default: 0, none)")
     group.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML; flags and VLM_SERVE_* go first")
 
 
@@ -173,6 +201,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     _add_setting(group, "server.host", "address to listen on (default: 127.0.0.1, this machine alone)")
     _add_setting(group, "server.port", "port to listen on; 0 takes a free one (default: 8000)")
+    _add_setting(group, "server.api_keys", "a file of keys and their tenants (default: no keys, one tenant)")
 
 
 def _add_setting(group: "argparse._ArgumentGroup", name: str, text: str, flag: str | None = None) -> None:

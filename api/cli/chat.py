@@ -16,7 +16,7 @@ import httpx
 from rich.console import Console
 
 from api.cli.arguments import given_settings
-from api.cli.files import data_url, honours_proxy, read_image
+from api.cli.files import data_url, honours_proxy, key_header, read_image
 from api.cli.receipts import print_about_images
 from api.cli.settings import load_settings
 from api.responses import image_answer_json
@@ -55,7 +55,9 @@ class Server:
     async def connect(cls, url: str, model: str | None) -> AsyncIterator["Server"]:
         timeout = httpx.Timeout(600.0, connect=5.0)
         base_url = url.removesuffix("/").removesuffix("/v1")
-        async with httpx.AsyncClient(base_url=base_url, timeout=timeout, trust_env=honours_proxy(url)) as client:
+        async with httpx.AsyncClient(
+            base_url=base_url, timeout=timeout, headers=key_header(), trust_env=honours_proxy(url)
+        ) as client:
             if model is None:
                 model = (await _request(client, "GET", "/v1/models"))["data"][0]["id"]
             yield cls(client, model)

@@ -1,6 +1,7 @@
 """What the command line reads and reaches: files as image parts, and servers by their URL."""
 
 import base64
+import os
 from pathlib import Path
 
 import httpx
@@ -32,6 +33,14 @@ def read_image(path: Path) -> ImagePart:
 
 def data_url(part: ImagePart) -> str:
     return f"data:{part.media_type};base64,{base64.b64encode(part.data).decode('ascii')}"
+
+
+def key_header() -> dict[str, str]:
+    """For a server with keys: the one in `VLM_SERVE_API_KEY`, where there is one; a flag would show in lists of
+    processes.
+    """
+    key = os.environ.get("VLM_SERVE_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def honours_proxy(url: str) -> bool:

@@ -13,7 +13,7 @@ import httpx
 from rich.console import Console
 
 from api.cli.arguments import given_settings
-from api.cli.files import honours_proxy
+from api.cli.files import honours_proxy, key_header
 from vlm_serve.errors import ConfigurationError, ServiceError
 from vlm_serve.types import JsonObject
 
@@ -32,7 +32,7 @@ async def connect(arguments: argparse.Namespace, console: Console) -> AsyncItera
     async with _url(arguments, console) as url:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
-            base_url=url, timeout=TIMEOUT, limits=limits, trust_env=honours_proxy(url)
+            base_url=url, timeout=TIMEOUT, limits=limits, headers=key_header(), trust_env=honours_proxy(url)
         ) as client:
             yield client
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from api.app import create_app
 from api.cli.arguments import given_settings
 from api.cli.settings import load_settings
+from api.gateway.keys import KeyFile
 from vlm_serve.config import ServerConfig, Settings
 from vlm_serve.errors import ConfigurationError
 from vlm_serve.serving.async_llm import AsyncLLM
@@ -40,8 +41,10 @@ async def run_server(settings: Settings, console: Console) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        ConfigurationError: the port is taken, or the model or its settings are wrong.
+        ConfigurationError: the port is taken, or the model, its settings or the file of keys are wrong.
     """
+    if settings.server.api_keys is not None:
+        KeyFile.read(settings.server.api_keys)  # what is wrong in it is told before a model is loaded
     with bind(settings.server) as listener, stop_signals() as stop:
         starting = asyncio.ensure_future(
             AsyncLLM.start(

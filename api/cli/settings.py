@@ -20,6 +20,7 @@ from vlm_serve.config import GIB, MIB, Settings
 from vlm_serve.errors import ConfigurationError
 
 PREFIX = "VLM_SERVE_"
+MAY_BE_ZERO = ("port", "speculative_tokens")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 SHIPPED_ADAPTER = Path(__file__).parent.parent.parent / "adapters" / "radiology"
@@ -94,7 +95,7 @@ def _parser(name: str, hint: Any) -> Callable[[Any], Any]:
             number: int | float = parse_size(str(value))
         else:
             number = _number(kind, str(value))
-        if number < 0 or (number == 0 and name != "port"):
+        if number < 0 or (number == 0 and name not in MAY_BE_ZERO):
             raise ValueError("above 0")
         return number
 

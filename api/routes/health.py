@@ -1,4 +1,4 @@
-"""`GET /health`, 200 only when a chat could be answered now, and `GET /version`."""
+"""`GET /health` and `/ready`: whether the engine answers, and whether a chat would be answered now; `/version`."""
 
 from typing import Annotated
 
@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends
 
 from api.state import AppState, app_state
 from vlm_serve import __version__
+from vlm_serve.errors import EngineDeadError
 
 router = APIRouter()
 
@@ -15,6 +16,15 @@ router = APIRouter()
 async def health(state: Annotated[AppState, Depends(app_state)]) -> dict[str, str]:
     """Ask the engine's own loop, not only this process."""
     await state.llm.check_health()
+    return {"status": "ok"}
+
+
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready")
+async def ready(state: Annotated[AppState, Depends(app_state)]) -> dict[str, str]:
+    """Whether to send requests here: answered at once, also while a long step keeps the engine busy."""
+    if not state.llm.is_ready:
+        raise EngineDeadError("The engine is being started again. Try again in a moment.")
     return {"status": "ok"}
 
 

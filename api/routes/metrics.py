@@ -3,17 +3,21 @@
 import contextlib
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from api.gateway.keys import identity_of
 from api.state import AppState, app_state
-from vlm_serve.errors import EngineDeadError
+from vlm_serve.errors import EngineDeadError, PermissionDeniedError
 
 router = APIRouter()
 
 
 @router.get("/metrics", include_in_schema=False)
-async def metrics(state: Annotated[AppState, Depends(app_state)]) -> Response:
+async def metrics(request: Request, state: Annotated[AppState, Depends(app_state)]) -> Response:
+    """The figures of all tenants: with a file of keys, for a key that may read them."""
+    if not identity_of(request.scope).metrics:
+        raise PermissionDeniedError("This key may not read the figures of all tenants.")
     # The engine's figures come with its outputs; an idle engine has to be asked, and a dead one says nothing new.
     with contextlib.suppress(EngineDeadError):
         await state.llm.check_health()

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from api.app import create_app
 from tests.api.running import as_is, running
 from tests.api.scripted import ScriptedLLM
-from tests.checkpoints import make_llava
+from tests.checkpoints import TOOL_TEMPLATE, make_llava
 from vlm_serve.config import EngineConfig, IngestConfig, ModelConfig, ServerConfig, Settings
 from vlm_serve.serving.async_llm import AsyncLLM
 
@@ -76,9 +76,9 @@ class Served:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny LLaVA checkpoint and a directory with one adapter for it, `thorax`."""
+    """A tiny LLaVA checkpoint whose template knows tools, and a directory with one adapter for it, `thorax`."""
     folder, adapters = tmp_path_factory.mktemp("models") / "tiny", tmp_path_factory.mktemp("adapters")
-    model = make_llava(folder)
+    model = make_llava(folder, chat_template=TOOL_TEMPLATE)
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
     adapted = get_peft_model(model, config)
@@ -94,7 +94,7 @@ def served(checkpoint: tuple[Path, Path]) -> Iterator[Served]:
     folder, adapters = checkpoint
     settings = Settings(
         model=ModelConfig(model=str(folder), adapters=adapters, dtype="float32", device="cpu"),
-        engine=EngineConfig(max_model_len=512, kv_cache_memory=4 * 1024**2),
+        engine=EngineConfig(max_model_len=1024, kv_cache_memory=4 * 1024**2),
         ingest=IngestConfig(workers=1),
     )
 

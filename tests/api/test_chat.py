@@ -232,7 +232,7 @@ def test_a_plain_request_id_is_kept_and_another_is_replaced(scripted: Scripted) 
 def test_two_requests_with_one_request_id_are_two_to_the_engine(scripted: Scripted) -> None:
     for _ in range(2):
         scripted.http.post("/v1/chat/completions", json=text_body(), headers={"X-Request-Id": "the-same-one"})
-    assert len({request_id for request_id, _, _ in scripted.llm.asked}) == 2
+    assert len({asked.request_id for asked in scripted.llm.asked}) == 2
 
 
 def test_the_log_has_one_line_for_a_request_and_nothing_of_its_content(
@@ -262,10 +262,10 @@ def test_metrics_have_vllms_names(scripted: Scripted) -> None:
     def grown(series: str) -> float:
         return value(after, series) - value(before, series)
 
-    labels = '{adapter="thorax",model_name="base"}'
+    labels = '{adapter="thorax",model_name="base",tenant=""}'
     assert grown(f"vlm_serve:prompt_tokens_total{labels}") == 7
     assert grown(f"vlm_serve:generation_tokens_total{labels}") == 3
-    success = 'vlm_serve:request_success_total{adapter="thorax",finished_reason="stop",model_name="base"}'
+    success = 'vlm_serve:request_success_total{adapter="thorax",finished_reason="stop",model_name="base",tenant=""}'
     assert grown(success) == 1
     assert grown(f"vlm_serve:time_to_first_token_seconds_count{labels}") == 1
     assert grown(f"vlm_serve:inter_token_latency_seconds_count{labels}") == 2

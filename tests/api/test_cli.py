@@ -70,7 +70,8 @@ def test_chat_prints_a_servers_answer(scripted: Scripted, capsys: pytest.Capture
     words = ["chat", "--url", scripted.url, "--system", "Be brief.", "--max-tokens", "5", "--seed", "3", "Hello?"]
     assert main(words) == 0
     assert capsys.readouterr().out == "Hello\n"
-    ((_, chat, sampling),) = scripted.llm.asked
+    (asked,) = scripted.llm.asked
+    chat, sampling = asked.prompt, asked.params
     assert [message.role for message in chat.messages] == ["system", "user"]
     assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (5, 0.0, 3)
 
@@ -82,7 +83,8 @@ def test_chat_sends_files_and_prints_receipts_and_notices(
     dicom.write_bytes(bytes(128) + b"DICM")
     files = ["--image", str(png), "--image", str(dicom)]
     assert main(["chat", "--url", scripted.url + "/v1", "--model", "thorax", *files, "Compare."]) == 0
-    ((_, chat, _),) = scripted.llm.asked
+    (asked,) = scripted.llm.asked
+    chat = asked.prompt
     assert chat.messages[-1].content == (
         ImagePart(png.read_bytes(), "image/png"),
         ImagePart(dicom.read_bytes(), "application/dicom"),
@@ -107,7 +109,7 @@ def test_a_conversation_remembers_and_survives_a_failure(
     lines = iter(["first", "/image /no/such/file", f"/image {png}", "second", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     assert main(["chat", "--url", scripted.url]) == 0
-    (_, first, _), (_, second, _) = scripted.llm.asked
+    first, second = (asked.prompt for asked in scripted.llm.asked)
     assert [message.role for message in first.messages] == ["user"]
     assert [message.role for message in second.messages] == ["user", "assistant", "user"]
     assert second.messages[1].content == (TextPart("Hello"),)
@@ -152,8 +154,8 @@ def test_bench_measures_text_and_images_and_writes_every_request(
     assert 0 < timing["ttft"] <= timing["total"]
     assert (len(timing["inter_token"]), timing["completion_tokens"]) == (1, 2)
     assert result["summary"][0]["output_tokens_per_second"] > 0
-    texts = [chat.messages[0].content[-1] for _, chat, _ in scripted.llm.asked]
-    images = [image for _, chat, _ in scripted.llm.asked for image in chat.images]
+    texts = [asked.prompt.messages[0].content[-1] for asked in scripted.llm.asked]
+    images = [image for asked in scripted.llm.asked for image in asked.prompt.images]
     assert len(set(texts)) == len(texts)
     assert len(set(images)) == len(images) > 0
     assert "TTFT p50" in capsys.readouterr().out

@@ -87,9 +87,10 @@ def test_each_study_is_asked_once_greedily_with_its_own_image_and_prompt(
     scripted: Scripted, studies: Path, tmp_path: Path
 ) -> None:
     run(studies, tmp_path / "out", "--max-tokens", "7", "--concurrency", "1", url=scripted.url)
-    sent = [(chat.images[0][1].data, chat.messages[0].content[-1]) for _, chat, _ in scripted.llm.asked]
+    chats = [asked.prompt for asked in scripted.llm.asked]
+    sent = [(chat.images[0][1].data, chat.messages[0].content[-1]) for chat in chats]
     assert sent == [((studies / name).read_bytes(), TextPart(PROMPT)) for name in ("a.png", "b.png", "c.dcm")]
-    assert {(sampling.temperature, sampling.max_tokens) for _, _, sampling in scripted.llm.asked} == {(0.0, 7)}
+    assert {(asked.params.temperature, asked.params.max_tokens) for asked in scripted.llm.asked} == {(0.0, 7)}
 
 
 def test_a_limit_takes_the_first_studies(scripted: Scripted, studies: Path, tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_as_many_requests_run_at_once_as_are_asked_for(
 
 def test_blanked_pictures_keep_their_size_and_nothing_else(scripted: Scripted, studies: Path, tmp_path: Path) -> None:
     result = run(studies, tmp_path / "out", "--blank", "--concurrency", "1", url=scripted.url)
-    sent = [part.data for _, chat, _ in scripted.llm.asked for _, part in chat.images]
+    sent = [part.data for asked in scripted.llm.asked for _, part in asked.prompt.images]
     assert sent == [grey_png(30, 20), grey_png(24, 24), grey_png(128, 128)]
     assert result["settings"]["blank"] is True
 

@@ -54,7 +54,7 @@ def test_the_official_client_lists_the_base_and_its_adapter(served: Served) -> N
     assert (base.id, adapter.id) == ("tiny", "thorax")
     extra = adapter.model_extra
     assert extra is not None
-    assert (extra["parent"], extra["max_model_len"], extra["max_tokens_per_image"]) == ("tiny", 512, 16)
+    assert (extra["parent"], extra["max_model_len"], extra["max_tokens_per_image"]) == ("tiny", 1024, 16)
     assert served.client.models.retrieve("thorax").id == "thorax"
 
 
@@ -162,7 +162,7 @@ def test_a_bad_file_is_refused_with_its_reason_and_the_next_request_is_served(
 
 
 def test_a_prompt_longer_than_the_context_says_the_limit(served: Served) -> None:
-    with pytest.raises(openai.BadRequestError, match="512") as refusal:
+    with pytest.raises(openai.BadRequestError, match="1024") as refusal:
         served.ask(asking(text="lungs " * 600))
     assert refusal.value.code == "context_length_exceeded"
 

@@ -15,9 +15,8 @@ import pytest
 from api.app import create_app
 from api.cli import serve
 from tests.api.conftest import text_body
-from tests.api.scripted import Script, ScriptedLLM, ScriptedRun, delta
+from tests.api.scripted import Asked, Script, ScriptedLLM, ScriptedRun, delta
 from vlm_serve.config import ServerConfig
-from vlm_serve.types import ChatInput, SamplingParams
 
 MESSAGE = "The server is shutting down. Send the request again."
 
@@ -29,9 +28,9 @@ MIDWAY = Script([delta("Hel", 1)], hold=True)
 class SlowToLeave(ScriptedLLM):
     """Cleans up after a request that is cut off for longer than uvicorn takes to end."""
 
-    async def chat(self, chat: ChatInput, *, model: str, sampling: SamplingParams, request_id: str) -> ScriptedRun:
+    async def _admit(self, asked: Asked, model: str, images: int) -> ScriptedRun:
         try:
-            return await super().chat(chat, model=model, sampling=sampling, request_id=request_id)
+            return await super()._admit(asked, model, images)
         except asyncio.CancelledError:
             self.run_closed.clear()
             await asyncio.sleep(0.5)

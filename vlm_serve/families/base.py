@@ -139,14 +139,14 @@ class ModelFamily(ABC):
         return self.prompts.backend
 
     def render_chat(self, chat: ChatInput, images: Sequence[ImageInputs]) -> Prompt:
-        """The conversation as token ids, with the cue for an answer; see `PromptRenderer.render`.
+        """The conversation as token ids, with its cue for an answer; see `PromptRenderer.render`.
 
         Raises:
             ContextLengthError: it cannot fit, however it is tokenised.
         """
-        self._check_length(
-            sum(len(part.text) for m in chat.messages for part in m.content if isinstance(part, TextPart))
-        )
+        texts = sum(len(part.text) for m in chat.messages for part in m.content if isinstance(part, TextPart))
+        calls = sum(len(str(call.arguments)) for m in chat.messages for call in m.tool_calls)
+        self._check_length(texts + calls + len(str(chat.tools)) + len(str(chat.template_kwargs)))
         return self.prompts.render(chat, images)
 
     def encode_text(self, text: str) -> Prompt:

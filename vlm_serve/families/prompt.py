@@ -4,10 +4,11 @@ A special token that a user types (`<image>`, `<|im_end|>`) stays plain text: it
 nor end a turn. Everything else is tokenised as transformers' `apply_chat_template` does it.
 """
 
+import inspect
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from vlm_serve.errors import CheckpointError, InvalidRequestError
 from vlm_serve.types import ChatInput, ChatMessage, ImageInputs, ImageSpan, TextPart
 
 _ROLE = re.compile(r"[a-z][a-z_]{0,31}")
+_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+"""Variables of a template that a caller's own may not replace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,27 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     images: tuple[ImageSpan, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How a model writes a call of a function: `{"name": …, arguments_key: {…}}` between two marks."""
+
+    begin: str
+    end: str
+    arguments_key: str
+
+
+def tool_format(template: str) -> ToolFormat | None:
+    """What a chat template tells the model of calls; None: it knows no tools.
+
+    Those of Qwen and Hermes put `<tool_call>` around a call, Llama's have a bare object with `parameters`.
+    """
+    if not re.search(r"\btools\b", template):
+        return None
+    if "<tool_call>" in template:
+        return ToolFormat("<tool_call>\n", "\n</tool_call>", "arguments")
+    return ToolFormat("", "", "parameters" if '"parameters"' in template else "arguments")
 
 
 class PromptRenderer:
@@ -56,24 +80,33 @@ class PromptRenderer:
         self.backend = _copy(backend, without=())
         self._plain = _copy(backend, without=tuple(self._guarded))
         self._takes_parts = self._template_takes_parts()
+        self.tool_format = tool_format(template)
 
     def render(self, chat: ChatInput, images: Sequence[ImageInputs]) -> Prompt:
-        """The conversation with the cue for an answer, each image's placeholder expanded to its `num_tokens`.
+        """The conversation with its cue for an answer, each image's placeholder expanded to its `num_tokens`.
 
         Args:
             chat: at least one message.
             images: of `chat.images`, in their order.
 
         Raises:
-            InvalidRequestError: the template does not take this conversation, or its placeholders are not
-                one for each image.
+            InvalidRequestError: the template does not take this conversation or knows no tools, its placeholders
+                are not one for each image, or a tool or a variable of the template holds a control token.
         """
         if not chat.messages:
             raise InvalidRequestError("The conversation has no messages.", param="messages")
+        self._check_tools(chat)
+        self._check_variables(chat.template_kwargs)
         hidden: dict[str, str] = {}
         messages = [self._message(message, hidden) for message in chat.messages]
         try:
-            text = self._apply(messages)
+            text = self._apply(
+                messages,
+                tools=[dict(tool) for tool in chat.tools] or None,
+                add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
+                continue_final_message=chat.continue_final_message,
+                **chat.template_kwargs,
+            )
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             # Its own words may echo the conversation.
             raise InvalidRequestError(
@@ -125,10 +158,45 @@ class PromptRenderer:
                 hidden[nonce] = text
                 text = nonce
             parts.append({"type": "text", "text": text})
-        if self._takes_parts:
-            return {"role": message.role, "content": parts}
+        rest: dict[str, Any] = {}
+        if message.tool_calls:
+            rest["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id is not None:
+            rest["tool_call_id"] = message.tool_call_id
+        if self._takes_parts and message.role != "tool":
+            return {"role": message.role, "content": parts} | rest
         pieces = [part.get("text", f"{self._image_token}\n") for part in parts]
-        return {"role": message.role, "content": "".join(pieces)}
+        return {"role": message.role, "content": "".join(pieces)} | rest
+
+    def _check_tools(self, chat: ChatInput) -> None:
+        calls = [call for message in chat.messages for call in message.tool_calls]
+        if self.tool_format is None and (chat.tools or calls or any(one.role == "tool" for one in chat.messages)):
+            raise InvalidRequestError(
+                "This model's chat template knows no tools. Leave 'tools' and the messages about them out.",
+                param="tools" if chat.tools else "messages",
+            )
+        self._refuse_guarded([dict(tool) for tool in chat.tools], "tools")
+        self._refuse_guarded([[call.id, call.name, dict(call.arguments)] for call in calls], "messages")
+        self._refuse_guarded([message.tool_call_id or "" for message in chat.messages], "messages")
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        if not _RESERVED.isdisjoint(variables):
+            raise InvalidRequestError(
+                "A variable of the chat template has the name of one that the server sets.",
+                param="chat_template_kwargs",
+            )
+        self._refuse_guarded(dict(variables), "chat_template_kwargs")
+
+    def _refuse_guarded(self, value: Any, param: str) -> None:
+        """A template writes these as it likes, escaped or not: they are not spelled out, but refused."""
+        text = "".join(_strings(value))
+        if text and (self._holds_guarded(text) or self._holds_guarded("\n".join(_strings(value)))):
+            raise InvalidRequestError(
+                f"'{param}' holds a control token of this model, which cannot be written as text here.", param=param
+            )
 
     def _holds_guarded(self, text: str) -> bool:
         """Whether tokenising the text could give a guarded token; a normalizer may fold letters into one."""
@@ -138,10 +206,8 @@ class PromptRenderer:
             self.backend.encode(text, add_special_tokens=False).ids
         )
 
-    def _apply(self, messages: list[dict[str, Any]]) -> str:
-        text = self._tokenizer.apply_chat_template(
-            messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
-        )
+    def _apply(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        text = self._tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False, **variables)
         assert isinstance(text, str)
         return text
 
@@ -201,6 +267,19 @@ class PromptRenderer:
             return False
         shown = 0 if self._image_token is None else text.count(self._image_token)
         return text.count(probe) == 1 and "'type'" not in text and shown == (self._image_token is not None)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, names included, in order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
 
 
 def _copy(backend: Tokenizer, without: Sequence[str]) -> Tokenizer:

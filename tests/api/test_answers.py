@@ -1,0 +1,390 @@
+"""The forms of an answer beyond a chat's plain one: several answers, log-probabilities, completions, responses."""
+
+import base64
+import json
+import math
+import struct
+from typing import Any
+
+import httpx
+import pytest
+
+from api.metrics import MAX_TENANTS, Metrics
+from tests.api.conftest import Scripted, image_body, text_body
+from tests.api.running import connect
+from tests.api.scripted import Script, delta
+from vlm_serve.errors import CorruptImageError, EngineDeadError, RequestFailedError
+from vlm_serve.types import EngineStats, FinishReason, StepOutput, TokenLogprobs
+
+STOP = FinishReason.STOP
+
+
+def streamed(scripted: Scripted, path: str, body: dict[str, Any]) -> list[Any]:
+    """The data of each event, parsed but for `[DONE]`."""
+    text = scripted.http.post(path, json=body | {"stream": True}).text
+    events = [event.split("data: ", 1)[1] for event in text.split("\n\n") if event]
+    return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+
+def test_each_of_several_answers_streams_under_its_index(scripted: Scripted) -> None:
+    scripted.llm.script = Script(
+        [
+            delta("a", 1, index=1),
+            delta("b", 2, index=0),
+            delta("c", 3, STOP, index=1),
+            delta("d", 4, FinishReason.LENGTH, index=0),
+        ]
+    )
+    *chunks, done = streamed(scripted, "/v1/chat/completions", text_body(n=2))
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [choice["delta"].get("role") for choice in choices[:2]] == ["assistant", "assistant"]
+    texts = {0: "", 1: ""}
+    for choice in choices:
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == {0: "bd", 1: "ac"}
+    ends = {choice["index"]: choice["finish_reason"] for choice in choices if choice["finish_reason"]}
+    assert ends == {0: "length", 1: "stop"}
+    assert done == "[DONE]"
+
+
+def test_an_answer_missing_at_the_end_is_an_error(scripted: Scripted) -> None:
+    scripted.llm.script = Script([delta("a", 1, STOP, index=1)])
+    assert scripted.chat(n=2).status_code == 500
+
+
+def logprobs(*tokens: tuple[int, float], rank: int = 1) -> TokenLogprobs:
+    return TokenLogprobs(tuple(token for token, _ in tokens), tuple(value for _, value in tokens), rank)
+
+
+EURO = (logprobs((7, -0.5), (7, -0.5), (9, -1.0)), logprobs((8, -math.inf), (9, -0.1), (7, -2.0), rank=300))
+
+
+def test_logprobs_give_the_bytes_of_a_character_cut_in_two(scripted: Scripted) -> None:
+    scripted.llm.script = Script([delta("€", 2, STOP, tokens=2, logprobs=EURO)])
+    body = scripted.chat(logprobs=True, top_logprobs=1).json()
+    first, second = body["choices"][0]["logprobs"]["content"]
+    assert bytes(first["bytes"] + second["bytes"]).decode() == "€"
+    assert first["token"] == "\ufffd"
+    assert [top["logprob"] for top in first["top_logprobs"]] == [-0.5]
+    assert second["logprob"] == -9999.0  # JSON knows no infinity
+    assert second["top_logprobs"][0]["token"] == "j"
+
+
+def test_logprobs_of_tokens_whose_text_is_held_back_are_streamed_all_the_same(scripted: Scripted) -> None:
+    scripted.llm.script = Script([delta("", 1, logprobs=EURO[:1]), delta("€", 2, STOP, logprobs=EURO[1:])])
+    *chunks, _ = streamed(scripted, "/v1/chat/completions", text_body(logprobs=True))
+    told = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert [entry["bytes"] for entry in told] == [[0xE2, 0x82], [0xAC]]
+
+
+def test_prompt_logprobs_have_vllms_form(scripted: Scripted) -> None:
+    found = (logprobs((1, -3.0), (2, -0.5), (3, -1.0), rank=9), logprobs((2, -0.5), (2, -0.5), (3, -1.0)))
+    scripted.llm.script = Script(prompt_logprobs=found)
+    expected = [
+        None,
+        {
+            "1": {"logprob": -3.0, "rank": 9, "decoded_token": "b"},
+            "2": {"logprob": -0.5, "rank": 1, "decoded_token": "c"},
+            "3": {"logprob": -1.0, "rank": 2, "decoded_token": "d"},
+        },
+        {
+            "2": {"logprob": -0.5, "rank": 1, "decoded_token": "c"},
+            "3": {"logprob": -1.0, "rank": 2, "decoded_token": "d"},
+        },
+    ]
+    assert scripted.chat(prompt_logprobs=2).json()["prompt_logprobs"] == expected
+    body = {"model": "base", "prompt": "x", "prompt_logprobs": 2}
+    assert scripted.http.post("/v1/completions", json=body).json()["choices"][0]["prompt_logprobs"] == expected
+
+
+def test_the_stop_string_that_ended_an_answer_is_told(scripted: Scripted) -> None:
+    scripted.llm.script = Script([delta("a", 1, STOP, stop_reason="END")])
+    assert scripted.chat().json()["choices"][0]["stop_reason"] == "END"
+
+
+def complete(scripted: Scripted, **fields: Any) -> Any:
+    return scripted.http.post("/v1/completions", json={"model": "base", "prompt": "x"} | fields)
+
+
+def test_a_completion_has_openais_older_form(scripted: Scripted) -> None:
+    body = complete(scripted).json()
+    assert (body["object"], body["id"][:5]) == ("text_completion", "cmpl-")
+    assert body["choices"] == [
+        {"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    ]
+    assert scripted.llm.asked[0].params.max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("x", ["x"]),
+        (["x", "y"], ["x", "y"]),
+        ([1, 2], [(1, 2)]),
+        ([[1, 2], [3]], [(1, 2), (3,)]),
+    ],
+    ids=["text", "texts", "ids", "lists of ids"],
+)
+def test_prompts_come_in_four_forms(scripted: Scripted, prompt: Any, asked: list[Any]) -> None:
+    body = complete(scripted, prompt=prompt, n=2).json()
+    assert [one.prompt for one in scripted.llm.asked] == asked
+    assert [choice["index"] for choice in body["choices"]] == list(range(2 * len(asked)))
+    assert body["usage"]["prompt_tokens"] == 7 * len(asked)
+    assert body["usage"]["completion_tokens"] == 4 * len(asked)
+    *chunks, _ = streamed(scripted, "/v1/completions", {"model": "base", "prompt": prompt, "n": 2})
+    texts: dict[int, str] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    assert texts == dict.fromkeys(range(2 * len(asked)), "Hello")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"suffix": "y"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, None),
+        ({"prompt": [-1]}, "prompt"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"messages": []}, "messages"),
+    ],
+    ids=str,
+)
+def test_what_a_completion_cannot_have_is_a_400(scripted: Scripted, fields: Any, param: str | None) -> None:
+    response = complete(scripted, **fields)
+    if param is None:
+        assert response.status_code == 200  # the engine's tokenizer judges it
+        return
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith(param)
+
+
+def test_an_echo_with_logprobs_begins_with_the_prompts_own(scripted: Scripted) -> None:
+    prompt = tuple(logprobs((token, -0.25), (0, -0.125)) for token in range(1, 7))
+    answer = (logprobs((3, -1.0), (4, -0.5)),)
+    scripted.llm.script = Script([delta("d", 1, STOP, logprobs=answer)], prompt_logprobs=prompt)
+    (choice,) = complete(scripted, prompt="abcdefg", echo=True, logprobs=1).json()["choices"]
+    assert choice["text"] == "abcdefgd"
+    shown = choice["logprobs"]
+    assert "".join(shown["tokens"]) == "abcdefgd"
+    assert shown["token_logprobs"] == [None, *[-0.25] * 6, -1.0]
+    assert shown["text_offset"] == list(range(8))
+    assert shown["top_logprobs"][0] is None
+    assert shown["top_logprobs"][-1] == {"e": -0.5, "d": -1.0}
+    assert scripted.llm.asked[0].params.prompt_logprobs == 1
+
+
+def test_a_prompt_refused_ends_the_ones_before_it(scripted: Scripted) -> None:
+    scripted.llm.script = Script(hold=True, deltas=[])
+    scripted.llm.refuse_after = 2
+    response = complete(scripted, prompt=["a", "b", "c"])
+    assert response.status_code == 500
+    assert len(scripted.llm.closed) == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("is_admitted", [False, True], ids=["before admission", "after it"])
+def test_a_client_that_leaves_ends_its_request(scripted: Scripted, path: str, stream: bool, is_admitted: bool) -> None:
+    scripted.llm.script = Script([], hold=True) if is_admitted else Script(hold_admission=True)
+    prompts = {"prompt": ["a", "b"]} if path == "/v1/completions" else {"input": "a"}
+    body = json.dumps({"model": "base", "stream": stream} | prompts).encode()
+    client = connect(scripted.url)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    client.sendall(head.encode() + b"\r\n\r\n" + body)
+    assert scripted.llm.waiting.wait(10)
+    assert not scripted.llm.run_closed.is_set()
+    client.close()
+    assert scripted.llm.run_closed.wait(10)
+
+
+def test_a_response_has_openais_newer_form(scripted: Scripted) -> None:
+    body = scripted.http.post("/v1/responses", json={"model": "base", "input": "Hello", "instructions": "Hi."}).json()
+    assert (body["object"], body["status"], body["error"], body["store"]) == ("response", "completed", None, False)
+    (item,) = body["output"]
+    assert item["content"] == [{"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}]
+    assert body["usage"]["input_tokens_details"] == {"cached_tokens": 3}
+    assert (body["usage"]["input_tokens"], body["usage"]["output_tokens"]) == (7, 2)
+    messages = scripted.llm.asked[0].prompt.messages
+    assert [(message.role, message.content[0].text) for message in messages] == [("system", "Hi."), ("user", "Hello")]
+
+
+def response_input(**part: Any) -> dict[str, Any]:
+    return {"model": "base", "input": [{"role": "user", "content": [part]}]}
+
+
+DICOM = "data:application/dicom;base64," + base64.b64encode(b"file").decode()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_response_to_an_image_carries_its_receipts(scripted: Scripted, stream: bool) -> None:
+    body = response_input(type="input_image", image_url=DICOM)
+    if stream:
+        events = streamed(scripted, "/v1/responses", body)
+        about = [event["response"]["x_vlm_serve"] for event in events if "response" in event]
+        assert about[0] == about[-1]
+        shown = about[0]
+    else:
+        shown = scripted.http.post("/v1/responses", json=body).json()["x_vlm_serve"]
+    assert shown["images"][0]["digest"] == "d" * 64
+    assert shown == scripted.http.post("/v1/chat/completions", json=image_body()).json()["x_vlm_serve"]
+
+
+def test_the_events_of_a_response_are_openais_in_order(scripted: Scripted) -> None:
+    events = streamed(scripted, "/v1/responses", {"model": "base", "input": "Hello"})
+    assert [event["type"].removeprefix("response.") for event in events] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert "".join(event["delta"] for event in events if "delta" in event) == "Hello"
+    raw = scripted.http.post("/v1/responses", json={"model": "base", "input": "Hello", "stream": True}).text
+    assert raw.startswith("event: response.created\ndata: ")
+    assert "[DONE]" not in raw
+
+
+def test_a_response_cut_by_its_limit_is_incomplete(scripted: Scripted) -> None:
+    scripted.llm.script = Script([delta("Hel", 1, FinishReason.LENGTH)])
+    body = scripted.http.post("/v1/responses", json={"model": "base", "input": "x", "max_output_tokens": 1}).json()
+    assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert scripted.llm.asked[0].params.max_tokens == 1
+
+
+def test_a_response_that_fails_midway_ends_in_response_failed(scripted: Scripted) -> None:
+    scripted.llm.script = Script([delta("Hel", 1), RequestFailedError("It failed.")])
+    last = streamed(scripted, "/v1/responses", {"model": "base", "input": "x"})[-1]
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"] == {"code": "request_failed", "message": "It failed."}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"previous_response_id": "resp_1"},
+        {"store": True},
+        {"background": True},
+        {"tools": [{"type": "web_search"}]},
+        {"truncation": "auto"},
+        {"conversation": "conv_1"},
+        {"include": ["file_search_call.results"]},
+        {"text": {"format": {"type": "json_schema", "name": "x"}}},
+        {"input": []},
+        {"input": [{"type": "item_reference", "id": "x"}]},
+        {"n": 2},
+    ],
+    ids=str,
+)
+def test_what_a_response_would_need_a_memory_for_is_refused(scripted: Scripted, fields: dict[str, Any]) -> None:
+    response = scripted.http.post("/v1/responses", json={"model": "base", "input": "x"} | fields)
+    assert response.status_code == 400
+    assert next(iter(fields)) in (response.json()["error"]["param"] or response.json()["error"]["message"])
+
+
+def test_what_changes_nothing_in_a_response_is_accepted(scripted: Scripted) -> None:
+    fields = {
+        "store": False, "previous_response_id": None, "metadata": {"a": "b"}, "tools": [], "include": [],
+        "truncation": "disabled", "service_tier": "auto", "parallel_tool_calls": True, "reasoning": None,
+        "text": {"format": {"type": "text"}, "verbosity": "medium"}, "user": "u", "background": False,
+    }  # fmt: skip
+    assert scripted.http.post("/v1/responses", json={"model": "base", "input": "x"} | fields).status_code == 200
+
+
+def test_an_error_about_an_image_of_a_response_names_its_place_in_the_input(scripted: Scripted) -> None:
+    scripted.llm.script = Script(refuse=CorruptImageError("Cut.", param="messages[1].content[0]"))
+    body = response_input(type="input_image", image_url=DICOM) | {"instructions": "Hi."}
+    assert scripted.http.post("/v1/responses", json=body).json()["error"]["param"] == "input[0].content[0]"
+
+
+def embed(scripted: Scripted, **fields: Any) -> Any:
+    return scripted.http.post("/v1/embeddings", json={"model": "base", "input": "ab"} | fields)
+
+
+def test_embeddings_are_floats_or_the_same_in_base64(scripted: Scripted) -> None:
+    body = embed(scripted, input=["a", "abc"]).json()
+    assert [entry["index"] for entry in body["data"]] == [0, 1]
+    assert body["data"][1]["embedding"] == pytest.approx([0.6, 3, -0.8])
+    assert body["usage"] == {"prompt_tokens": 14, "total_tokens": 14}
+    packed = embed(scripted, input=["a", "abc"], encoding_format="base64").json()["data"][1]["embedding"]
+    assert struct.unpack("<3f", base64.b64decode(packed)) == pytest.approx((0.6, 3, -0.8))
+
+
+def test_dimensions_may_only_say_what_there_is(scripted: Scripted) -> None:
+    assert embed(scripted, dimensions=3).status_code == 200
+    refused = embed(scripted, dimensions=2)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "dimensions")
+
+
+def test_tokenize_and_detokenize_have_vllms_bodies(scripted: Scripted) -> None:
+    expected = {"count": 3, "max_model_len": 512, "tokens": [1, 2, 3], "token_strs": None}
+    assert scripted.http.post("/tokenize", json={"prompt": "x"}).json() == expected
+    asked = {"model": "thorax", "messages": [{"role": "user", "content": "x"}], "return_token_strs": True}
+    assert scripted.http.post("/tokenize", json=asked).json() == expected | {"token_strs": ["b", "c", "d"]}
+    assert scripted.http.post("/detokenize", json={"tokens": [0, 1]}).json() == {"prompt": "ab"}
+    for bad in ({}, {"prompt": "x", "messages": []}, {"prompt": "x", "add_special_tokens": False}):
+        assert scripted.http.post("/tokenize", json=bad).status_code == 400
+
+
+def test_ready_is_no_while_the_engine_is_being_started_again(scripted: Scripted) -> None:
+    assert scripted.http.get("/ready").status_code == 200
+    scripted.llm.is_ready = False
+    scripted.llm.health = EngineDeadError("The engine is being started again.")
+    for path in ("/ready", "/health"):
+        response = scripted.http.get(path)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
+
+
+NAMES = """num_requests_running num_requests_waiting kv_cache_usage_perc lora_requests_info prefix_cache_queries_total
+prefix_cache_hits_total mm_cache_queries_total mm_cache_hits_total num_preemptions_total prompt_tokens_total
+generation_tokens_total request_success_total time_to_first_token_seconds_count inter_token_latency_seconds_count
+request_time_per_output_token_seconds_count e2e_request_latency_seconds_count request_queue_time_seconds_count
+request_prefill_time_seconds_count request_decode_time_seconds_count request_prompt_tokens_count
+request_generation_tokens_count iteration_tokens_total_count encoder_batch_images_count encoder_seconds_count
+kv_waste_ratio spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total""".split()
+
+
+def test_every_name_that_dashboards_read_is_there(scripted: Scripted) -> None:
+    seconds = {"queue_seconds": 0.25, "prefill_seconds": 0.5}
+    scripted.llm.script = Script([delta("a", 1, **seconds), delta("b", 2, STOP)])
+    for told in scripted.llm.steps:
+        told(StepOutput((), num_tokens=96, images_encoded=2, encoder_seconds=0.02))
+    scripted.chat()
+    text = scripted.http.get("/metrics").text
+    found = {line.partition("{")[0].removeprefix("vlm_serve:") for line in text.splitlines() if line[0] != "#"}
+    assert set(NAMES) <= found
+    assert 'vlm_serve:kv_waste_ratio{model_name="base"} 0.1' in text
+    assert 'vlm_serve:spec_decode_num_accepted_tokens_total{model_name="base"} 20.0' in text
+
+
+def test_an_adapter_with_a_request_under_way_is_told_and_then_no_more(scripted: Scripted) -> None:
+    scripted.llm.script = Script([delta("a", 1)], hold=True)
+    with scripted.http.stream("POST", "/v1/chat/completions", json=text_body(model="thorax", stream=True)) as response:
+        pieces = response.iter_text()  # the name keeps it open
+        assert any('"content":"a"' in piece for piece in pieces)
+        assert 'running_lora_adapters="thorax",waiting_lora_adapters=""' in _lora(scripted)
+    assert scripted.llm.run_closed.wait(10)
+    assert 'running_lora_adapters=""' in _lora(scripted)
+
+
+def _lora(scripted: Scripted) -> str:
+    lines = httpx.get(f"{scripted.url}/metrics").text.splitlines()
+    return next(line for line in lines if line.startswith("vlm_serve:lora_requests_info{"))
+
+
+def test_tenants_past_the_bound_share_a_label() -> None:
+    metrics = Metrics(EngineStats, "base", tenants=[f"t{number}" for number in range(MAX_TENANTS + 2)])
+    for tenant in ("t0", f"t{MAX_TENANTS}", f"t{MAX_TENANTS + 1}", "forged"):
+        metrics.request("", tenant).admitted(7)
+    text = metrics.exposition().decode()
+    assert 'vlm_serve:prompt_tokens_total{adapter="",model_name="base",tenant="t0"} 7.0' in text
+    assert 'vlm_serve:prompt_tokens_total{adapter="",model_name="base",tenant="other"} 21.0' in text
+    assert "forged" not in text

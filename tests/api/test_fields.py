@@ -1,0 +1,325 @@
+"""Every field that changes an answer, over HTTP with the official client: a real tiny model in its engine process."""
+
+import json
+import math
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import httpx
+import openai
+import pydantic
+import pytest
+
+from tests.api.conftest import Served
+
+PROMPT = "Is there a mass in the left upper lobe?"
+MESSAGES: Any = [{"role": "user", "content": PROMPT}]
+
+SIDES: Any = {
+    "type": "object",
+    "properties": {"side": {"enum": ["left", "right"]}},
+    "required": ["side"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "compare", "parameters": SIDES}},
+    {"type": "function", "function": {"name": "measure", "parameters": SIDES}},
+]
+
+
+def chat(served: Served, *, stream: bool = False, **fields: Any) -> Any:
+    """A greedy answer of up to eight tokens, unless the fields say otherwise; a stream put together."""
+    body: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "temperature": 0} | fields
+    known = {name: body.pop(name) for name in list(body) if name not in EXTRA}
+    if not stream:
+        return served.client.chat.completions.create(**known, extra_body=body)
+    return put_together(served.client.chat.completions.create(**known, extra_body=body, stream=True))
+
+
+def put_together(chunks: Iterable[Any]) -> SimpleNamespace:
+    """What a client makes of a stream: the choices of the whole answer."""
+    choices: dict[int, SimpleNamespace] = {}
+    for chunk in chunks:
+        for part in chunk.choices:
+            message = SimpleNamespace(content="", tool_calls=[])
+            fresh = SimpleNamespace(message=message, logprobs=SimpleNamespace(content=[]), finish_reason=None)
+            choice = choices.setdefault(part.index, fresh)
+            choice.message.content += part.delta.content or ""
+            choice.finish_reason = choice.finish_reason or part.finish_reason
+            if part.logprobs:
+                choice.logprobs.content += part.logprobs.content
+            for call in part.delta.tool_calls or []:
+                if call.function.name:
+                    choice.message.tool_calls.append(SimpleNamespace(id=call.id, function=call.function))
+                else:
+                    choice.message.tool_calls[call.index].function.arguments += call.function.arguments
+    return SimpleNamespace(choices=[choices[index] for index in sorted(choices)])
+
+
+EXTRA = frozenset(
+    "top_k min_p repetition_penalty min_tokens stop_token_ids bad_words allowed_token_ids prompt_logprobs ignore_eos "
+    "truncate_prompt_tokens priority request_id structured_outputs guided_choice include_stop_str_in_output "
+    "skip_special_tokens add_generation_prompt continue_final_message chat_template_kwargs".split()
+)
+"""Fields that are not OpenAI's own."""
+
+both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+
+
+def text(answer: Any, index: int = 0) -> str:
+    return str(answer.choices[index].message.content)
+
+
+def ids_of(served: Served, prompt: str) -> list[int]:
+    body = {"model": "tiny", "prompt": prompt}
+    return list(served.client.post("/../tokenize", body=body, cast_to=httpx.Response).json()["tokens"])
+
+
+@both
+def test_n_answers_share_a_prompt_and_each_is_the_one_of_its_seed(served: Served, stream: bool) -> None:
+    fields: dict[str, Any] = {"temperature": 1.5, "ignore_eos": True}
+    answer = chat(served, n=3, seed=5, stream=stream, **fields)
+    alone = [text(chat(served, seed=5 + index, **fields)) for index in range(3)]
+    assert [text(answer, index) for index in range(3)] == alone
+    assert len(set(alone)) > 1
+
+
+def test_usage_counts_the_tokens_of_all_answers(served: Served) -> None:
+    answer = chat(served, n=3, ignore_eos=True)
+    assert answer.usage.completion_tokens == 24
+
+
+@both
+def test_logprobs_say_each_token_with_its_bytes_and_the_likeliest(served: Served, stream: bool) -> None:
+    answer = chat(served, logprobs=True, top_logprobs=3, ignore_eos=True, stream=stream, skip_special_tokens=False)
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == 8
+    told = b"".join(bytes(entry.bytes) for entry in entries)
+    assert told.decode("utf-8", "replace") == text(answer)
+    for entry in entries:
+        assert entry.top_logprobs[0].token == entry.token  # greedy
+        assert entry.top_logprobs[0].logprob == entry.logprob
+        values = [top.logprob for top in entry.top_logprobs]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+        assert sum(map(math.exp, values)) <= 1.0001
+
+
+@both
+def test_prompt_logprobs_have_an_entry_for_each_token_but_the_first(served: Served, stream: bool) -> None:
+    if stream:
+        parts = served.ask(MESSAGES, stream=True, extra_body={"prompt_logprobs": 2})
+        (found,) = [part.model_extra["prompt_logprobs"] for part in parts if "prompt_logprobs" in part.model_extra]
+    else:
+        answer = chat(served, prompt_logprobs=2)
+        found = answer.model_extra["prompt_logprobs"]
+        assert len(found) == answer.usage.prompt_tokens
+    assert found[0] is None
+    for entry in found[1:]:
+        assert len(entry) in (2, 3)
+        assert {"logprob", "rank", "decoded_token"} == set(next(iter(entry.values())))
+
+
+@both
+def test_a_token_that_bias_forbids_does_not_come(served: Served, stream: bool) -> None:
+    plain = chat(served, logprobs=True, ignore_eos=True)
+    first = ids_of(served, plain.choices[0].logprobs.content[0].token)[-1]
+    bent = chat(served, logprobs=True, ignore_eos=True, logit_bias={str(first): -100}, stream=stream)
+    assert bent.choices[0].logprobs.content[0].token != plain.choices[0].logprobs.content[0].token
+
+
+def test_only_allowed_tokens_come(served: Served) -> None:
+    allowed = ids_of(served, "chest lungs")[1:]
+    answer = chat(served, allowed_token_ids=allowed, temperature=1, seed=1, logprobs=True, ignore_eos=True)
+    tokens = {ids_of(served, entry.token)[-1] for entry in answer.choices[0].logprobs.content}
+    assert tokens <= set(allowed)
+
+
+def test_a_bad_word_does_not_come(served: Served) -> None:
+    allowed = ids_of(served, "chest")[1:]
+    free = chat(served, allowed_token_ids=allowed, ignore_eos=True)
+    kept = chat(served, allowed_token_ids=[*allowed, *ids_of(served, "9")[1:]], bad_words=["chest"], ignore_eos=True)
+    assert "chest" in text(free) or len(allowed) > 1
+    assert "chest" not in text(kept)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 2.0}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_penalty_changes_what_repeats(served: Served, fields: dict[str, float]) -> None:
+    few = {"allowed_token_ids": list(range(40, 60)), "ignore_eos": True, "max_tokens": 24}  # 20 for 24 places
+    plain, bent = text(chat(served, **few)), text(chat(served, **few, **fields))
+    assert plain != bent
+
+
+def test_min_p_of_one_is_greedy(served: Served) -> None:
+    same: dict[str, Any] = {"seed": 3, "ignore_eos": True}
+    assert text(chat(served, temperature=1.5, min_p=1.0, **same)) == text(chat(served, **same))
+    assert text(chat(served, temperature=1.5, top_k=1, **same)) == text(chat(served, **same))
+
+
+@both
+def test_a_stop_token_ends_an_answer_after_min_tokens_and_is_told(served: Served, stream: bool) -> None:
+    (stop,) = ids_of(served, "9")[1:]
+    fields: dict[str, Any] = {"allowed_token_ids": [stop], "stop_token_ids": [stop]}
+    if stream:
+        body = {"max_tokens": 8, "extra_body": fields}
+        last = next(part for part in served.ask(MESSAGES, stream=True, **body) if part.choices[0].finish_reason)
+        assert (last.choices[0].finish_reason, last.choices[0].model_extra["stop_reason"]) == ("stop", stop)
+        return
+    answer = chat(served, **fields)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", 1)
+    assert answer.choices[0].model_extra["stop_reason"] == stop
+
+
+def test_a_stop_string_is_kept_only_where_it_is_asked_for(served: Served) -> None:
+    nine = {"allowed_token_ids": ids_of(served, "9")[1:], "stop": "999", "ignore_eos": True}
+    answer = chat(served, **nine)
+    assert (text(answer), answer.choices[0].finish_reason) == ("", "stop")
+    assert answer.choices[0].model_extra["stop_reason"] == "999"
+    assert answer.usage.completion_tokens == 3
+    assert text(chat(served, **nine, include_stop_str_in_output=True)) == "999"
+
+
+def test_min_tokens_puts_the_end_off(served: Served) -> None:
+    bias = {"2": 100}  # the end of a sequence
+    assert chat(served, logit_bias=bias).usage.completion_tokens == 1
+    assert chat(served, logit_bias=bias, min_tokens=4).usage.completion_tokens == 5
+
+
+def test_truncation_keeps_the_last_tokens(served: Served) -> None:
+    assert chat(served, truncate_prompt_tokens=5).usage.prompt_tokens == 5
+
+
+class Finding(pydantic.BaseModel):
+    side: Literal["left", "right"]
+    present: bool
+
+
+def test_a_pydantic_model_of_the_official_client_is_filled(served: Served) -> None:
+    answer = served.client.chat.completions.parse(
+        model="tiny", messages=MESSAGES, response_format=Finding, max_tokens=64, temperature=0
+    )
+    assert isinstance(answer.choices[0].message.parsed, Finding)
+
+
+@both
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "side", "schema": SIDES}}},
+        {"structured_outputs": {"json": SIDES}},
+        {"structured_outputs": {"json": json.dumps(SIDES)}},
+    ],
+    ids=["response_format", "structured_outputs", "a schema as text"],
+)
+def test_an_answer_follows_its_schema(served: Served, fields: dict[str, Any], stream: bool) -> None:
+    assert json.loads(text(chat(served, **fields, max_tokens=64, stream=stream)))["side"] in ("left", "right")
+
+
+@pytest.mark.parametrize(
+    ("fields", "good"),
+    [
+        ({"structured_outputs": {"choice": ["mass", "no mass"]}}, {"mass", "no mass"}),
+        ({"structured_outputs": {"regex": "(ab){2}"}}, {"abab"}),
+        ({"structured_outputs": {"grammar": 'start: "left" | "right"'}}, {"left", "right"}),
+        ({"guided_choice": ["mass", "no mass"]}, {"mass", "no mass"}),
+    ],
+    ids=["choice", "regex", "grammar", "guided_choice"],
+)
+def test_an_answer_follows_its_structure(served: Served, fields: dict[str, Any], good: set[str]) -> None:
+    assert text(chat(served, **fields, max_tokens=32)) in good
+
+
+def test_json_object_gives_an_object(served: Served) -> None:
+    answer = chat(served, response_format={"type": "json_object"}, max_tokens=8)
+    assert text(answer).lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"structured_outputs": {"json": {"type": "no such type"}}},
+        {"structured_outputs": {"regex": "("}},
+        {"structured_outputs": {"grammar": "start: nothing"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}},
+    ],
+    ids=["schema", "regex", "grammar", "response_format"],
+)
+def test_a_bad_schema_is_a_400(served: Served, fields: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError):
+        chat(served, **fields)
+
+
+@both
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "measure"}}], ids=str)
+def test_a_required_call_is_one_of_a_function_with_arguments_of_its_schema(
+    served: Served, choice: Any, stream: bool
+) -> None:
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 80, "parallel_tool_calls": False}
+    (one,) = chat(served, stream=stream, **fields).choices
+    (call,) = one.message.tool_calls
+    assert call.function.name in (["measure"] if isinstance(choice, dict) else ["compare", "measure"])
+    assert json.loads(call.function.arguments)["side"] in ("left", "right")
+    assert one.finish_reason == ("stop" if isinstance(choice, dict) else "tool_calls")
+    assert not one.message.content
+
+
+@both
+def test_auto_leaves_the_model_free(served: Served, stream: bool) -> None:
+    (one,) = chat(served, tools=TOOLS, tool_choice="auto", stream=stream).choices
+    assert one.message.content or one.message.tool_calls
+
+
+def test_a_call_and_its_result_are_shown_to_the_model(served: Served) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "measure", "arguments": '{"side": "left"}'}}
+    asked = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    result = [*asked, {"role": "tool", "tool_call_id": "call_1", "content": "12 mm"}]
+    first, second, third = (chat(served, messages=messages, tools=TOOLS) for messages in (MESSAGES, asked, result))
+    assert first.usage.prompt_tokens < second.usage.prompt_tokens < third.usage.prompt_tokens
+
+
+def test_a_final_message_is_continued(served: Served) -> None:
+    def tokens(**fields: Any) -> list[int]:
+        body = {"model": "tiny", "messages": [*MESSAGES, {"role": "assistant", "content": "No "}]} | fields
+        return list(served.client.post("/../tokenize", body=body, cast_to=httpx.Response).json()["tokens"])
+
+    open_ended = tokens(continue_final_message=True, add_generation_prompt=False)
+    without_cue = tokens(add_generation_prompt=False)
+    assert len(open_ended) < len(without_cue) < len(tokens())
+    messages = [*MESSAGES, {"role": "assistant", "content": "No "}]
+    answer = chat(served, messages=messages, continue_final_message=True, add_generation_prompt=False)
+    assert answer.usage.prompt_tokens == len(open_ended)
+
+
+def test_a_variable_of_the_template_arrives(served: Served) -> None:
+    plain = chat(served).usage.prompt_tokens
+    assert chat(served, chat_template_kwargs={"note": "Compare with the study."}).usage.prompt_tokens > plain
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"note": "<image>"}}, "chat_template_kwargs"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": "<|turn|>"}}]}, "tools"),
+    ],
+    ids=["messages", "a template", "a placeholder", "a control token in a tool"],
+)
+def test_rows_22_and_23_a_variable_of_the_template_can_neither_replace_nor_forge(
+    served: Served, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        chat(served, **fields)
+    assert refusal.value.param == param
+
+
+def test_a_request_id_of_the_body_comes_back(served: Served) -> None:
+    raw = served.client.chat.completions.with_raw_response.create(
+        model="tiny", messages=MESSAGES, max_tokens=1, extra_body={"request_id": "order-2026-11", "priority": "stat"}
+    )
+    assert raw.headers["X-Request-Id"] == "order-2026-11"
