@@ -1,11 +1,12 @@
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from vlm_serve.kernels import dispatch
-from vlm_serve.kernels.linear import PlainLinear
+from vlm_serve.kernels.linear import PanelLinear, PlainLinear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -48,3 +49,44 @@ def test_a_packed_layer_keeps_no_second_copy_of_the_weight() -> None:
     del weight
     gc.collect()
     assert gone() is None
+
+
+@pytest.fixture
+def panel_layer() -> Callable[[int, int], PanelLinear]:
+    def build(width: int, depth: int) -> PanelLinear:
+        weight, bias = torch.randn(width, depth).bfloat16(), torch.randn(width).bfloat16()
+        if not PanelLinear.takes(weight):
+            pytest.skip("this CPU does not multiply pairs of bfloat16, or has matrix tiles")
+        return PanelLinear(weight, bias)
+
+    return build
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("depth", [2, 1022, 1024, 1026, 2100])
+@pytest.mark.parametrize("rows", [0, 1, 7, 191, 193, 500])
+def test_panels_compute_what_float64_does(
+    panel_layer: Callable[[int, int], PanelLinear], width: int, depth: int, rows: int
+) -> None:
+    layer, x = panel_layer(width, depth), torch.randn(rows, depth).bfloat16()
+    weight = layer.panels.transpose(1, 2).reshape(-1, depth)[:width]
+    assert layer.bias is not None
+    expected = x.double() @ weight.double().T + layer.bias.double()
+    # Half a unit of the result's last place, and float32 sums of terms that may cancel.
+    torch.testing.assert_close(layer(x).double(), expected, rtol=2**-8, atol=1e-6 * depth)
+
+
+def test_a_rows_result_does_not_depend_on_the_rows_beside_it(panel_layer: Callable[[int, int], PanelLinear]) -> None:
+    """Row 20 of engines.md, for the linear layers."""
+    layer, x = panel_layer(200, 2100), torch.randn(400, 2100).bfloat16()
+    together = layer(x)
+    for rows in (1, 2, 5, 6, 17, 64, 211):
+        for first in (0, 3, 400 - rows):
+            assert torch.equal(layer(x[first : first + rows]), together[first : first + rows]), (rows, first)
+
+
+def test_dispatch_takes_panels_where_they_are_built() -> None:
+    weight = torch.randn(8, 6).bfloat16()
+    assert isinstance(dispatch.pack_linear(weight), PanelLinear) == PanelLinear.takes(weight)
+    assert not PanelLinear.takes(weight.float())
+    assert not PanelLinear.takes(torch.randn(8, 5).bfloat16())

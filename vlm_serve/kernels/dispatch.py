@@ -15,7 +15,7 @@ from vlm_serve.kernels.attention import cpu as attention_cpu
 from vlm_serve.kernels.attention import torch_batched as attention_torch
 from vlm_serve.kernels.kv_cache import cpu as kv_cache_cpu
 from vlm_serve.kernels.kv_cache import reference as kv_cache_torch
-from vlm_serve.kernels.linear import OneDnnLinear, PackedLinear, PlainLinear
+from vlm_serve.kernels.linear import OneDnnLinear, PackedLinear, PanelLinear, PlainLinear
 from vlm_serve.kernels.lora import reference as lora_torch
 from vlm_serve.kernels.lora.reference import Segment
 from vlm_serve.kernels.norm import cpu as norm_cpu
@@ -104,7 +104,10 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
 
     The packed form on a CPU is a copy: the caller drops `weight` unless something else needs it.
     """
-    return OneDnnLinear(weight, bias) if OneDnnLinear.takes(weight) else PlainLinear(weight, bias)
+    for form in (PanelLinear, OneDnnLinear):
+        if form.takes(weight):
+            return form(weight, bias)
+    return PlainLinear(weight, bias)
 
 
 def apply_lora(out: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment]) -> None:

@@ -75,11 +75,16 @@ inline Floats load(const BFloat16* from) {
   return reinterpret_cast<const Floats&>(words);
 }
 
-// To the nearest, ties to even; a NaN stays one.
+// To the nearest, ties to even; a NaN stays one. Where the CPU does it, what is below 2**-126 becomes zero.
 inline void store(BFloat16* to, Floats value) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
+  std::memcpy(to, &rounded, sizeof rounded);
+#else
   const Words words = reinterpret_cast<const Words&>(value);
   const Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(value == value ? rounded : Words{} + 0x7fc0, Halves);
+#endif
 }
 
 // The first `count` lanes; the others are zero, or left as they are in memory.

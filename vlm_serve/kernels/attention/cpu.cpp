@@ -26,6 +26,7 @@ using torch::stable::Tensor;
 constexpr int TILE_ROWS = 96;  // rows in a tile, at least the query heads of one key/value head
 struct Task {
   int64_t sequence, kv_head, first_token, tokens, first_position;
+  int64_t length() const { return first_position + tokens; }  // keys that the tile's last token sees
 };
 
 template <typename T>
@@ -40,6 +41,8 @@ struct Batch {
   int64_t window;  // keys that a query sees, 0 for all before it
 
   int64_t first_seen(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
+  // Blocks begin at the same keys for every tile.
+  int64_t first_block(const Task& task) const { return first_seen(task.first_position) / KEYS * KEYS; }
   float scale;
 };
 
@@ -73,10 +76,10 @@ struct Keys {
     for (int64_t d = 0; d < head_dim; ++d) to[d] = to_float(from[d]);
   }
 
-  static void transpose(const T* const* rows, int64_t head_dim, Element* to) {
+  static void transpose(const T* const* rows, const T* const* ahead, int64_t head_dim, Element* to) {
 #if defined(__AVX512F__)
     const int64_t words = head_dim * static_cast<int64_t>(sizeof(T)) / 4;
-    transpose_blocks(rows, words, [to](__m512i column, int64_t word, int key) {
+    transpose_blocks(rows, ahead, words, [to](__m512i column, int64_t word, int key) {
       if constexpr (sizeof(T) == 4) {
         _mm512_storeu_si512(to + word * KEYS + key, column);
       } else {
@@ -101,8 +104,8 @@ struct Keys<BFloat16> {
 
   static void put_query(const BFloat16* from, int64_t head_dim, Element* to) { std::memcpy(to, from, head_dim * 2); }
 
-  static void transpose(const BFloat16* const* rows, int64_t head_dim, Element* to) {
-    transpose_blocks(rows, head_dim / 2, [to](__m512i column, int64_t word, int key) {
+  static void transpose(const BFloat16* const* rows, const BFloat16* const* ahead, int64_t head_dim, Element* to) {
+    transpose_blocks(rows, ahead, head_dim / 2, [to](__m512i column, int64_t word, int key) {
       _mm512_storeu_si512(to + word * KEYS + key, column);
     });
   }
@@ -111,9 +114,9 @@ struct Keys<BFloat16> {
 
 // rows[KEYS] of head_dim -> to[KEYS, padded_dim] in float32, padded with zeros.
 template <typename T>
-void convert_values(const T* const* rows, int64_t head_dim, int64_t padded_dim, float* to) {
+void convert_values(const CacheRows<T>& rows, int64_t head_dim, int64_t padded_dim, float* to) {
   for (int key = 0; key < KEYS; ++key)
-    for (int64_t d = 0; d < head_dim; d += LANES) store(to + key * padded_dim + d, load(rows[key] + d, head_dim - d));
+    for (int64_t d = 0; d < head_dim; d += LANES) store(to + key * padded_dim + d, rows.at(key, d, head_dim - d));
 }
 
 // Turns a row's scores into weights; `visible` of the block's keys are not in the row's future, and under a window
@@ -160,7 +163,8 @@ struct KeyBlock {
   const T* keys[KEYS];
   const T* values[KEYS];
 
-  void find(const Batch<T>& batch, const Task& task, int64_t first_key, int64_t first_seen, int64_t length, const T* zeros) {
+  void find(const Batch<T>& batch, const Task& task, int64_t first_key, const T* zeros) {
+    const int64_t first_seen = batch.first_seen(task.first_position), length = task.length();
     const int begin = static_cast<int>(std::max<int64_t>(0, first_seen - first_key));
     const int64_t from = first_key + begin;
     const int32_t* page = batch.block_tables + task.sequence * batch.block_table_stride + from / batch.block_size;
@@ -178,19 +182,11 @@ struct KeyBlock {
     std::fill(keys + count, keys + KEYS, zeros);
     std::fill(values + count, values + KEYS, zeros);
   }
-
-  // A quarter at a time: the CPU can wait for few lines at once, and would stall on more.
-  void prefetch(int quarter, int64_t head_dim) const {
-    for (int key = quarter * KEYS / 4; key < (quarter + 1) * KEYS / 4; ++key)
-      for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
-        __builtin_prefetch(keys[key] + d, 0, 2);
-        __builtin_prefetch(values[key] + d, 0, 2);
-      }
-  }
 };
 
+// `following` is what the thread does after it, if anything.
 template <typename T, bool WINDOWED>
-void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
+void attend(const Batch<T>& batch, const Task& task, const Task* following, Scratch& scratch) {
   const int64_t dim = batch.head_dim, padded = batch.padded_dim, rows = task.tokens * batch.group;
   const int64_t depth = Keys<T>::depth(dim);
   scratch.reserve(rows * (depth + padded + KEYS + LANES + 1) + KEYS * (depth + padded) + dim + 8 * 16);
@@ -218,30 +214,30 @@ void attend(const Batch<T>& batch, const Task& task, Scratch& scratch) {
   const float scale = batch.scale * 1.44269504088896340736f;
   // Few rows take the values as they lie; many convert them once. The arithmetic is the same.
   const bool convert = rows > MICRO_ROWS || padded != dim;
-  const int64_t length = task.first_position + task.tokens;  // keys that the tile's last token sees
-  const int64_t first_seen = WINDOWED ? batch.first_seen(task.first_position) : 0;
-  const int64_t start = first_seen / KEYS * KEYS;  // blocks begin at the same keys for every tile
+  const int64_t length = task.length(), start = batch.first_block(task);
+  // The block after each, be it the next task's first, is fetched line by line as this one is read: the CPU can wait for
+  // few lines at once, and would stall on more.
   KeyBlock<T> block, next;
-  next.find(batch, task, start, first_seen, length, zeros);
+  next.find(batch, task, start, zeros);
   for (int64_t first_key = start; first_key < length; first_key += KEYS) {
     block = next;
-    if (first_key + KEYS < length) next.find(batch, task, first_key + KEYS, first_seen, length, zeros);
-    next.prefetch(0, dim);
-    Keys<T>::transpose(block.keys, dim, keys);
-    next.prefetch(1, dim);
+    if (first_key + KEYS < length)
+      next.find(batch, task, first_key + KEYS, zeros);
+    else if (following)
+      next.find(batch, *following, batch.first_block(*following), zeros);
+    Keys<T>::transpose(block.keys, next.keys, dim, keys);
     multiply_keys(rows, depth, queries, typename Keys<T>::Right{keys, KEYS}, scores);
-    next.prefetch(2, dim);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t visible = task.first_position + row / batch.group + 1 - first_key;
       softmax_block<WINDOWED>(scores + row * KEYS, scale, visible - batch.window, visible, maxima + row,
                               sums + row * LANES, out + row * padded, padded);
     }
-    next.prefetch(3, dim);
+    const CacheRows<T> block_values{block.values, next.values};
     if (convert) {
-      convert_values(block.values, dim, padded, values);
+      convert_values(block_values, dim, padded, values);
       add_values(rows, padded, scores, Matrix{values, padded}, out);
     } else {
-      add_values(rows, padded, scores, CacheRows<T>{block.values}, out);
+      add_values(rows, padded, scores, block_values, out);
     }
   }
 
@@ -275,8 +271,15 @@ void run(const Batch<T>& batch, const std::vector<Task>& tasks) {
   const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(tasks.size()));
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local Scratch scratch;
-    for (size_t i = next.fetch_add(1); i < tasks.size(); i = next.fetch_add(1))
-      batch.window ? attend<T, true>(batch, tasks[i], scratch) : attend<T, false>(batch, tasks[i], scratch);
+    const auto take = [&] {
+      const size_t index = next.fetch_add(1);
+      return index < tasks.size() ? &tasks[index] : nullptr;
+    };
+    const Task* following = take();
+    while (const Task* const task = following) {
+      following = take();
+      (batch.window ? attend<T, true> : attend<T, false>)(batch, *task, following, scratch);
+    }
   });
 }
 

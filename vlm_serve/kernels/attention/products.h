@@ -1,24 +1,17 @@
-// The products of a tile of attention with a block of keys and values: register-blocked kernels, and the transposition
-// of keys that they need.
+// The products of a tile of attention with a block of keys and values, and the transposition of keys that they need.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "vector.h"
+#include "micro.h"
 
 namespace {
 
 constexpr int KEYS = 64;  // keys in a block
-#if defined(__AVX512F__)
-constexpr int MICRO_ROWS = 6, MICRO_VECTORS = 4;  // accumulators that fit the registers
-#else
-constexpr int MICRO_ROWS = 4, MICRO_VECTORS = 2;
-#endif
 
-// Loops over registers: left rolled, their arrays would live in memory.
-#define UNROLLED _Pragma("GCC unroll 16")
+inline void fetch(const void* address) { __builtin_prefetch(address, 0, 2); }  // into the second-level cache
 
 // The right-hand side of a product: float32 rows end to end, or rows of any type where they lie in the cache.
 struct Matrix {
@@ -28,17 +21,24 @@ struct Matrix {
   Floats at(int64_t k, int64_t column) const { return load(data + k * stride + column); }
 };
 
+// While a line of a row is read, the same line of the row in `ahead` is fetched.
 template <typename T>
 struct CacheRows {
   using Left = float;
   const T* const* rows;
-  Floats at(int64_t k, int64_t column) const { return load(rows[k] + column); }
+  const T* const* ahead;
+  Floats at(int64_t k, int64_t column) const {
+    if (column % (64 / sizeof(T)) == 0) fetch(ahead[k] + column);
+    return load(rows[k] + column);
+  }
+  Floats at(int64_t k, int64_t column, int64_t count) const {
+    if (column % (64 / sizeof(T)) == 0) fetch(ahead[k] + column);
+    return load(rows[k] + column, count);
+  }
 };
 
-inline Floats multiply_add(Floats sum, float a, Floats b) { return sum + broadcast(a) * b; }
-
 #if defined(__AVX512BF16__)
-// Pairs of bfloat16, multiplied and summed by one instruction.
+// Pairs of bfloat16 as they are.
 struct PairMatrix {
   using Left = uint32_t;
   const uint32_t* data;
@@ -47,43 +47,14 @@ struct PairMatrix {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(data + k * stride + column));
   }
 };
-
-inline Floats multiply_add(Floats sum, uint32_t a, __m512bh b) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))), b);
-}
 #endif
-
-// C[ROWS, VECTORS * LANES] = A[ROWS, depth] B[depth, VECTORS * LANES], or += if it accumulates
-template <int ROWS, int VECTORS, bool ACCUMULATE, typename Right>
-inline void multiply_micro(int64_t depth, const typename Right::Left* a, int64_t lda, const Right& b, int64_t column,
-                           float* c, int64_t ldc) {
-  Floats sums[ROWS][VECTORS];
-  UNROLLED for (int row = 0; row < ROWS; ++row)
-    UNROLLED for (int vector = 0; vector < VECTORS; ++vector)
-      sums[row][vector] = ACCUMULATE ? load(c + row * ldc + vector * LANES) : Floats{};
-  for (int64_t k = 0; k < depth; ++k) {
-    decltype(b.at(0, 0)) columns[VECTORS];
-    UNROLLED for (int vector = 0; vector < VECTORS; ++vector) columns[vector] = b.at(k, column + vector * LANES);
-    UNROLLED for (int row = 0; row < ROWS; ++row)
-      UNROLLED for (int vector = 0; vector < VECTORS; ++vector)
-        sums[row][vector] = multiply_add(sums[row][vector], a[row * lda + k], columns[vector]);
-  }
-  UNROLLED for (int row = 0; row < ROWS; ++row)
-    UNROLLED for (int vector = 0; vector < VECTORS; ++vector) store(c + row * ldc + vector * LANES, sums[row][vector]);
-}
 
 template <int VECTORS, bool ACCUMULATE, typename Right>
 void multiply_columns(int64_t rows, int64_t depth, const typename Right::Left* a, int64_t lda, const Right& b,
                       int64_t column, float* c, int64_t ldc) {
   for (; rows >= MICRO_ROWS; rows -= MICRO_ROWS, a += MICRO_ROWS * lda, c += MICRO_ROWS * ldc)
     multiply_micro<MICRO_ROWS, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-  switch (rows) {
-    case 5: return multiply_micro<5, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-    case 4: return multiply_micro<4, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-    case 3: return multiply_micro<3, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-    case 2: return multiply_micro<2, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-    case 1: return multiply_micro<1, VECTORS, ACCUMULATE>(depth, a, lda, b, column, c, ldc);
-  }
+  multiply_last_rows<VECTORS, ACCUMULATE>(rows, depth, a, lda, b, column, c, ldc);
 }
 
 // scores[rows, KEYS] = queries[rows, depth] keys[depth, KEYS]
@@ -128,13 +99,15 @@ inline void transpose_words(const void* const* rows, int64_t word, __mmask16 mas
   }
 }
 
-// Each column of 16 keys' words goes to `put(column, word, first key)`.
+// Each column of 16 keys' words goes to `put(column, word, first key)`. Lines of `ahead` are fetched as those of `rows`
+// are read.
 template <typename T, typename Put>
-inline void transpose_blocks(const T* const* rows, int64_t words, const Put& put) {
+inline void transpose_blocks(const T* const* rows, const T* const* ahead, int64_t words, const Put& put) {
   for (int64_t word = 0; word < words; word += 16) {
     const auto count = std::min<int64_t>(16, words - word);
     const auto mask = static_cast<__mmask16>((1u << count) - 1);
     for (int key = 0; key < KEYS; key += 16) {
+      for (int i = 0; i < 16; ++i) fetch(reinterpret_cast<const uint32_t*>(ahead[key + i]) + word);
       __m512i columns[16];
       transpose_words(reinterpret_cast<const void* const*>(rows + key), word, mask, columns);
       UNROLLED for (int i = 0; i < 16; ++i)

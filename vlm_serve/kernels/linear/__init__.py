@@ -1,5 +1,5 @@
 """Linear layers in the form that their device computes fastest in."""
 
-from vlm_serve.kernels.linear.packed import OneDnnLinear, PackedLinear, PlainLinear
+from vlm_serve.kernels.linear.packed import OneDnnLinear, PackedLinear, PanelLinear, PlainLinear
 
-__all__ = ["OneDnnLinear", "PackedLinear", "PlainLinear"]
+__all__ = ["OneDnnLinear", "PackedLinear", "PanelLinear", "PlainLinear"]

@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from vlm_serve.kernels import cpp_library
+
 
 class PackedLinear(Protocol):
     """A linear layer whose weight has taken its final form."""
@@ -23,6 +25,35 @@ class PlainLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+class PanelLinear:
+    """The weight in panels for the C++ operator of `cpu.cpp`: bfloat16 on a CPU that multiplies pairs of it.
+
+    A row's result does not depend on the rows beside it.
+    """
+
+    COLUMNS = 64
+    """Outputs in a panel."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.out_features, in_features = weight.shape
+        filled = F.pad(weight, (0, 0, 0, -self.out_features % self.COLUMNS))
+        self.panels = filled.view(-1, self.COLUMNS, in_features // 2, 2).transpose(1, 2).contiguous()
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        torch.ops.vlm_serve.panel_linear(out.view(-1, self.out_features), rows, self.panels, self.bias)
+        return out
+
+    @staticmethod
+    def takes(weight: torch.Tensor) -> bool:
+        """Whether the operator was built for this machine and computes in this dtype and width."""
+        if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
+            return False
+        return cpp_library.load() and hasattr(torch.ops.vlm_serve, "panel_linear")
 
 
 class OneDnnLinear:
