@@ -20,7 +20,7 @@ from vlm_serve.engine.engine import Engine
 from vlm_serve.families import load_family
 from vlm_serve.families.base import Prompt
 from vlm_serve.lora.store import AdapterStore
-from vlm_serve.types import ChatInput, ChatMessage, ImagePart, Request, SamplingParams, TextPart
+from vlm_serve.types import ChatInput, ChatMessage, ImagePart, Request, SamplingParams, TextPart, TokenLogprobs
 
 DEVICE = os.environ.get("VLM_SERVE_TEST_DEVICE", "cpu")
 LOGIT_TOLERANCE = 1e-4
@@ -35,11 +35,15 @@ def picture(seed: int, height: int = 28, width: int = 28) -> ClinicalImage:
 
 @dataclass
 class Run:
-    """One request: what the engine computed for it. `logits` by position, as far as it was computed."""
+    """One request: what the engine computed for it. `logits` by position, as far as it was computed, in `chunks`
+    `[begin, end)`.
+    """
 
     prompt: Prompt
     token_ids: list[int] = field(default_factory=list)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    chunks: list[tuple[int, int]] = field(default_factory=list)
     cached_tokens: int = 0
 
 
@@ -61,6 +65,17 @@ class Harness:
         self._run_batch = self.engine.runner.run
         self.engine.runner.run = self._record  # type: ignore[method-assign]
         self.engine.runner.model.decoder.register_forward_hook(self._keep_hidden)
+        self.compute_all_outputs(True)
+
+    def compute_all_outputs(self, every: bool) -> None:
+        """Whether the last layer gives every position, so that its logits can be compared; an engine left to itself
+        gives those that it needs.
+        """
+        head = self.engine.runner._head
+        if every:
+            head.outputs = lambda batch: batch.counts  # type: ignore[method-assign]
+        else:
+            del head.outputs
 
     def _keep_hidden(self, module: Any, arguments: Any, hidden: torch.Tensor) -> None:
         self._hidden = hidden
@@ -73,6 +88,7 @@ class Harness:
             logits = iter(self.engine.runner.model.decoder.logits(self._hidden).cpu())
         for row, start, count in zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True):
             run = self._runs[self.engine.scheduler._by_row[row].request.request_id]
+            run.chunks.append((start, start + count))
             run.logits.update((position, next(logits)) for position in range(start, start + count))
         return result
 
@@ -92,8 +108,10 @@ class Harness:
         max_tokens: int | Sequence[int] = 8,
         adapters: Sequence[str | None] | None = None,
         salt: str = "",
+        prompt_logprobs: bool = False,
     ) -> list[Run]:
         """Runs the prompts together, greedily, to the end."""
+        sampling = SamplingParams(temperature=0, ignore_eos=True, prompt_logprobs=0 if prompt_logprobs else None)
         self._runs = {str(index): Run(prompt) for index, prompt in enumerate(prompts)}
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         for (name, run), limit, adapter in zip(
@@ -105,7 +123,7 @@ class Harness:
                     request_id=name,
                     token_ids=run.prompt.token_ids,
                     images=run.prompt.images,
-                    sampling=SamplingParams(max_tokens=limit, temperature=0, ignore_eos=True),
+                    sampling=replace(sampling, max_tokens=limit),
                     adapter=None if folder is None else folder.digest,
                     cache_salt=salt,
                 )
@@ -115,8 +133,11 @@ class Harness:
             for output in self.engine.step().outputs:
                 assert output.error is None, output.error
                 self._runs[output.request_id].token_ids += output.token_ids
+                self._runs[output.request_id].prompt_logprobs += output.prompt_logprobs
                 self._runs[output.request_id].cached_tokens = output.cached_tokens
-        return list(self._runs.values())
+        runs = list(self._runs.values())
+        assert all(len(run.prompt_logprobs) == prompt_logprobs * (len(run.prompt.token_ids) - 1) for run in runs)
+        return runs
 
     @property
     def images_encoded(self) -> int:
@@ -143,13 +164,20 @@ def reference_logits(model: Any, run: Run) -> torch.Tensor:
 
 
 def assert_parity(model: Any, run: Run) -> float:
-    """Every logit that the engine computed equals transformers', and each token is transformers' choice.
+    """Every logit that the engine computed equals transformers', but for those of guesses past the end; so does every
+    log-probability of the prompt, if they were asked for, and each token is transformers' choice.
 
-    Returns the largest difference.
+    Returns the largest difference of logits.
     """
     expected = reference_logits(model, run)
-    error = max(float((logits - expected[position]).abs().max()) for position, logits in run.logits.items())
+    own = {position: logits for position, logits in run.logits.items() if position < len(expected)}
+    error = max(float((logits - expected[position]).abs().max()) for position, logits in own.items())
     assert error <= LOGIT_TOLERANCE, f"logits differ by {error:.2e}"
+    tokens = run.prompt.token_ids[1:]
+    logprobs = expected.float().log_softmax(-1)[range(len(tokens)), tokens]
+    for entry, token, logprob in zip(run.prompt_logprobs, tokens, logprobs.tolist(), strict=False):
+        assert entry.token_ids == (token,)
+        assert abs(entry.logprobs[0] - logprob) <= LOGIT_TOLERANCE
     first = len(run.prompt.token_ids) - 1
     assert run.token_ids == expected[first:].argmax(-1).tolist()
     assert run.logits.keys() >= set(range(first, len(expected)))

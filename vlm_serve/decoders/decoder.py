@@ -14,7 +14,7 @@ from vlm_serve.decoders.config import DecoderConfig, MlpKind, NormKind, Position
 from vlm_serve.errors import CheckpointError
 from vlm_serve.kernels import dispatch
 from vlm_serve.layers.attention import Attention
-from vlm_serve.layers.context import ForwardContext
+from vlm_serve.layers.context import AdapterSegment, ForwardContext, Outputs
 from vlm_serve.layers.linear import Linear
 from vlm_serve.layers.norm import RMSNorm
 from vlm_serve.layers.parallel import SINGLE, TensorParallel
@@ -33,9 +33,9 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(inner, {"down_proj": hidden}, bias=config.mlp_bias, split="row", parallel=parallel)
         self.activate = dispatch.silu_and_mul if config.activation == "silu" else _gated(ACT2FN[config.activation])
 
-    def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        gate_up = self.gate_up_proj(x, context.adapters)
-        return self.down_proj(self.activate(gate_up), context.adapters)  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, adapters: tuple[AdapterSegment, ...]) -> torch.Tensor:
+        gate_up = self.gate_up_proj(x, adapters)
+        return self.down_proj(self.activate(gate_up), adapters)  # type: ignore[no-any-return]
 
 
 def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -69,10 +69,16 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config, parallel)
 
     def forward(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], context: ForwardContext
+        self,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        context: ForwardContext,
+        outputs: Outputs | None = None,
     ) -> torch.Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, context)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), context)  # type: ignore[no-any-return]
+        attended = self.self_attn(self.input_layernorm(hidden), rotation, context, outputs)
+        hidden = attended + (hidden if outputs is None else hidden[outputs.index])
+        adapters = (outputs or context).adapters
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), adapters)  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -100,12 +106,15 @@ class Decoder(nn.Module):
         return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
 
     def forward(self, embeddings: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """embeddings `[T, hidden_size]` -> hidden states of the last layer, before the final norm."""
+        """embeddings `[T, hidden_size]` -> hidden states of the last layer, before the final norm, of all T tokens or
+        of the context's outputs alone: a prompt's other tokens leave nothing there but keys and values.
+        """
         hidden = embeddings
         rotation = self.rotary(context.positions, hidden.dtype)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             hidden = layer(hidden, rotation, context)
-        return hidden
+        return last(hidden, rotation, context, context.outputs)  # type: ignore[no-any-return]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden `[n, hidden_size]` of the positions that are sampled -> float32 `[n, vocab_size]`."""

@@ -16,7 +16,7 @@ from vlm_serve.engine.kv_cache import KVCache
 from vlm_serve.engine.sampling_head import SamplingHead
 from vlm_serve.engine.structured import Structures
 from vlm_serve.families.base import VisionLanguageModel
-from vlm_serve.layers.context import AdapterSegment, ForwardContext
+from vlm_serve.layers.context import AdapterSegment, ForwardContext, Outputs
 from vlm_serve.layers.linear import Linear
 from vlm_serve.lora.checkpoint import AdapterWeights
 
@@ -66,14 +66,17 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Computes one step."""
         encoder_seconds = self._take_in(batch)
-        query_start = np.zeros(len(batch.rows) + 1, dtype=np.int32)
-        np.cumsum(batch.counts, out=query_start[1:])
+        query_start = prefix_sums(batch.counts)
         flat_rows = np.repeat(batch.rows, batch.counts)
         positions = np.arange(batch.num_tokens) + np.repeat(batch.starts - query_start[:-1], batch.counts)
         context = self._context(batch, query_start, flat_rows, positions)
         embeddings = self._embed(batch, query_start, self._tokens[flat_rows, positions])
+        output_start = query_start
+        if (outputs := self._head.outputs(batch)).sum() < batch.num_tokens:
+            output_start = prefix_sums(outputs)
+            context = replace(context, outputs=self._outputs(query_start, output_start, flat_rows))
         hidden = self.model.decoder(embeddings, context)
-        result = self._head.finish(batch, query_start, hidden)
+        result = self._head.finish(batch, output_start, hidden)
         return replace(result, encoder_seconds=encoder_seconds) if batch.encode else result
 
     def _take_in(self, batch: ScheduledBatch) -> float:
@@ -142,6 +145,17 @@ class ModelRunner:
             adapters=self._segments(self._adapter_slots[flat_rows]),
         )
 
+    def _outputs(self, query_start: np.ndarray, output_start: np.ndarray, flat_rows: np.ndarray) -> Outputs:
+        """The last tokens of each sequence, as many as `output_start` says."""
+        counts = np.diff(output_start)
+        index = np.arange(output_start[-1]) + np.repeat(query_start[1:] - output_start[1:], counts)
+        return Outputs(
+            index=self._put(index),
+            query_start=self._put(output_start),
+            max_query_len=int(counts.max()),
+            adapters=self._segments(self._adapter_slots[flat_rows[index]]),
+        )
+
     def _segments(self, slots: np.ndarray) -> tuple[AdapterSegment, ...]:
         return tuple(
             AdapterSegment(int(slot), self._put((slots == slot).nonzero()[0]))
@@ -173,6 +187,13 @@ class ModelRunner:
     def _put(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def prefix_sums(counts: np.ndarray) -> np.ndarray:
+    """int64 `[S]` -> int32 `[S + 1]`, from 0."""
+    sums = np.zeros(len(counts) + 1, dtype=np.int32)
+    np.cumsum(counts, out=sums[1:])
+    return sums
 
 
 def adaptable_linears(model: VisionLanguageModel) -> list[tuple[str, Linear]]:

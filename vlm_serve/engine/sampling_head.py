@@ -34,7 +34,7 @@ class _Places:
 
     Args:
         rows: int64 `[L]`, whose they are.
-        flat: int64 `[L]`, where they are among the tokens of the step.
+        flat: int64 `[L]`, where they are among the outputs of the step.
         lengths: int64 `[L]`, known tokens up to and with each.
     """
 
@@ -107,23 +107,32 @@ class SamplingHead:
             if draft:
                 self._tokens[batch.rows[index], ends[index] - len(draft) : ends[index]] = draft
 
-    def finish(self, batch: ScheduledBatch, query_start: np.ndarray, hidden: torch.Tensor) -> StepResult:
+    def outputs(self, batch: ScheduledBatch) -> np.ndarray:
+        """Of how many of its last tokens in the step each sequence needs the hidden states, int64 `[S]`: those that its
+        next tokens are drawn from, or all whose log-probabilities were asked for.
+        """
+        drafts = np.array([len(draft) for draft in batch.drafts], dtype=np.int64) if batch.drafts else 0
+        needed = np.where(batch.samples, 1 + drafts, 0)
+        asked = (self._prompt_logprobs[batch.rows] != NOT_ASKED) & (batch.starts < self._prompt_lengths[batch.rows])
+        return np.where(asked, batch.counts, needed)
+
+    def finish(self, batch: ScheduledBatch, output_start: np.ndarray, hidden: torch.Tensor) -> StepResult:
         """What a step gives back, without the time of its images.
 
         Args:
-            query_start: int32 `[S + 1]`, prefix sums of the tokens granted.
-            hidden: `[T, hidden_size]`, of the last layer, before the final norm.
+            output_start: int32 `[S + 1]`, prefix sums of `outputs`, or of the tokens granted.
+            hidden: `[n, hidden_size]`, of the last layer, before the final norm: each sequence's last tokens.
         """
-        of_prompt = self._of_prompt(batch, query_start, hidden)
+        of_prompt = self._of_prompt(batch, output_start, hidden)
         draws = batch.samples
         embeddings: dict[int, np.ndarray] = {}
         if (pools := draws & self._pools[batch.rows]).any():
-            embeddings = self._pool(batch.rows[pools], query_start[1:][pools], hidden)
+            embeddings = self._pool(batch.rows[pools], output_start[1:][pools], hidden)
             draws = draws & ~pools
         if not draws.any():
             return StepResult(((),) * len(embeddings), prompt_logprobs=of_prompt, embeddings=embeddings)
         drafts = [batch.drafts[index] for index in draws.nonzero()[0].tolist()] if any(batch.drafts) else []
-        drawn = self._draw(_places(batch, query_start, draws, drafts), hidden)
+        drawn = self._draw(_places(batch, output_start, draws, drafts), hidden)
         answers = _accepted(drawn.tokens, drafts)
         rows = batch.rows[draws].tolist()
         if drawn.failed:
@@ -194,7 +203,7 @@ class SamplingHead:
                     self._grammars.advance(row, token)
 
     def _of_prompt(
-        self, batch: ScheduledBatch, query_start: np.ndarray, hidden: torch.Tensor
+        self, batch: ScheduledBatch, output_start: np.ndarray, hidden: torch.Tensor
     ) -> tuple[tuple[TokenLogprobs, ...], ...]:
         """The entries of the prompts' tokens that follow the positions of this step; empty if none was asked for."""
         asked = self._prompt_logprobs[batch.rows] != NOT_ASKED
@@ -205,7 +214,7 @@ class SamplingHead:
         entries: list[tuple[TokenLogprobs, ...]] = [()] * len(batch.rows)
         for index in (asked & (batch.starts < lasts)).nonzero()[0].tolist():
             row, start, last = int(batch.rows[index]), int(batch.starts[index]), int(lasts[index])
-            first = int(query_start[index])
+            first = int(output_start[index])
             positions = hidden[first : first + last - start]
             targets = self._tokens[row, start + 1 : last + 1]
             count = int(self._prompt_logprobs[row])
@@ -220,12 +229,12 @@ class SamplingHead:
 
 
 def _places(
-    batch: ScheduledBatch, query_start: np.ndarray, draws: np.ndarray, drafts: Sequence[tuple[int, ...]]
+    batch: ScheduledBatch, output_start: np.ndarray, draws: np.ndarray, drafts: Sequence[tuple[int, ...]]
 ) -> _Places:
     """The last position of each sequence that draws, and before it those before its drafts."""
     rows, ends, lengths = (
         batch.rows[draws],
-        query_start[1:][draws].astype(np.int64),
+        output_start[1:][draws].astype(np.int64),
         (batch.starts + batch.counts)[draws],
     )
     if not drafts:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from vlm_serve.kernels import dispatch
-from vlm_serve.layers.context import ForwardContext
+from vlm_serve.layers.context import ForwardContext, Outputs
 from vlm_serve.layers.linear import Linear
 from vlm_serve.layers.parallel import SINGLE, TensorParallel
 
@@ -53,9 +53,15 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], context: ForwardContext
+        self,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        context: ForwardContext,
+        outputs: Outputs | None = None,
     ) -> torch.Tensor:
-        """hidden `[T, hidden_size]` -> the same shape; writes this step's keys and values into the cache."""
+        """hidden `[T, hidden_size]` -> the same shape, or of `outputs` alone `[n, hidden_size]`; writes this step's
+        keys and values into the cache.
+        """
         query_and_key, value = self.qkv_proj(hidden, context.adapters).split(
             [(self.num_heads + self.num_kv_heads) * self.head_dim, self.num_kv_heads * self.head_dim], dim=-1
         )
@@ -65,15 +71,16 @@ class Attention(nn.Module):
         dispatch.write_kv_cache(
             key, value.unflatten(-1, (-1, self.head_dim)), key_cache, value_cache, context.slot_mapping[self.group]
         )
+        queries = outputs or context
         attended = dispatch.paged_attention(
-            query,
+            query if outputs is None else query[outputs.index],
             key_cache,
             value_cache,
             context.block_tables[self.group],
             context.kv_lengths,
-            context.query_start,
+            queries.query_start,
             scale=self.scale,
-            max_query_len=context.max_query_len,
+            max_query_len=queries.max_query_len,
             window=self.window,
         )
-        return self.o_proj(attended.flatten(1), context.adapters)  # type: ignore[no-any-return]
+        return self.o_proj(attended.flatten(1), queries.adapters)  # type: ignore[no-any-return]

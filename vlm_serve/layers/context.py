@@ -17,6 +17,23 @@ class AdapterSegment:
 
 
 @dataclass(frozen=True, slots=True)
+class Outputs:
+    """The n tokens whose hidden states are wanted of the last layer: of each sequence its last ones, or none.
+
+    Args:
+        index: int64 `[n]`, which of the batch's tokens they are.
+        query_start: int32 `[S + 1]`, prefix sums of how many each sequence has.
+        max_query_len: the most that one sequence has.
+        adapters: as the context's, with indices among the n.
+    """
+
+    index: torch.Tensor
+    query_start: torch.Tensor
+    max_query_len: int
+    adapters: tuple[AdapterSegment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardContext:
     """One step's batch of S sequences and T tokens.
 
@@ -31,6 +48,7 @@ class ForwardContext:
         max_query_len: the most tokens granted to one sequence.
         key_cache, value_cache: `[layers of a group, blocks, kv_heads, block_size, head_dim]`.
         adapters: the tokens that an adapter applies to; empty for a step of base requests alone.
+        outputs: where the last layer need not give every token's hidden state; None: it gives all T.
     """
 
     positions: torch.Tensor
@@ -42,3 +60,4 @@ class ForwardContext:
     key_cache: torch.Tensor
     value_cache: torch.Tensor
     adapters: tuple[AdapterSegment, ...] = ()
+    outputs: Outputs | None = None
