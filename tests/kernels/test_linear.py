@@ -90,3 +90,19 @@ def test_dispatch_takes_panels_where_they_are_built() -> None:
     assert isinstance(dispatch.pack_linear(weight), PanelLinear) == PanelLinear.takes(weight)
     assert not PanelLinear.takes(weight.float())
     assert not PanelLinear.takes(torch.randn(8, 5).bfloat16())
+
+
+@pytest.mark.parametrize("half", [64, 256])
+@pytest.mark.parametrize("rows", [0, 1, 8, 193])
+def test_a_gated_product_is_to_the_bit_what_two_operators_give(
+    panel_layer: Callable[[int, int], PanelLinear], half: int, rows: int
+) -> None:
+    layer, x = panel_layer(2 * half, 1100), torch.randn(rows, 1100).bfloat16() / 8
+    assert layer.can_gate
+    assert torch.equal(dispatch.linear_silu_and_mul(layer, x), dispatch.silu_and_mul(layer(x)))
+
+
+def test_halves_that_share_a_panel_are_gated_by_two_operators(panel_layer: Callable[[int, int], PanelLinear]) -> None:
+    layer, x = panel_layer(2 * 72, 32), torch.randn(3, 32).bfloat16()
+    assert not layer.can_gate
+    assert torch.equal(dispatch.linear_silu_and_mul(layer, x), dispatch.silu_and_mul(layer(x)))

@@ -4,15 +4,12 @@ Tokens of all sequences run through it end to end on one axis; which sequence a 
 business of the `ForwardContext` alone.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from vlm_serve.decoders.config import DecoderConfig, MlpKind, NormKind, PositionKind
 from vlm_serve.errors import CheckpointError
-from vlm_serve.kernels import dispatch
 from vlm_serve.layers.attention import Attention
 from vlm_serve.layers.context import AdapterSegment, ForwardContext, Outputs
 from vlm_serve.layers.linear import Linear
@@ -31,19 +28,15 @@ class GatedMLP(nn.Module):
             hidden, {"gate_proj": inner, "up_proj": inner}, bias=config.mlp_bias, parallel=parallel
         )
         self.down_proj = Linear(inner, {"down_proj": hidden}, bias=config.mlp_bias, split="row", parallel=parallel)
-        self.activate = dispatch.silu_and_mul if config.activation == "silu" else _gated(ACT2FN[config.activation])
+        self.activation = None if config.activation == "silu" else ACT2FN[config.activation]
 
     def forward(self, x: torch.Tensor, adapters: tuple[AdapterSegment, ...]) -> torch.Tensor:
-        gate_up = self.gate_up_proj(x, adapters)
-        return self.down_proj(self.activate(gate_up), adapters)  # type: ignore[no-any-return]
-
-
-def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def activate(gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return activation(gate) * up
-
-    return activate
+        if self.activation is None:
+            activated = self.gate_up_proj.silu_and_mul(x, adapters)
+        else:
+            gate, up = self.gate_up_proj(x, adapters).chunk(2, dim=-1)
+            activated = self.activation(gate) * up
+        return self.down_proj(activated, adapters)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):

@@ -133,6 +133,13 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return activation_cpu.silu_and_mul(gate_up) if _takes_cpp(gate_up) else activation_torch.silu_and_mul(gate_up)
 
 
+def linear_silu_and_mul(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    """`silu_and_mul(layer(x))`, in one operator where the packed form has it."""
+    if isinstance(layer, PanelLinear) and layer.can_gate:
+        return layer.silu_and_mul(x)
+    return silu_and_mul(layer(x))
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the two halves of each head, x `[T, heads, head_dim]`, by cos and sin `[T, 1, head_dim]` of its dtype."""
     return rotary_cpu.rotate(x, cos, sin) if _takes_cpp(x) else rotary_torch.rotate(x, cos, sin)

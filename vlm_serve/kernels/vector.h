@@ -57,6 +57,12 @@ inline Floats exp2_of_negative(Floats x) {
   return x < -126.0f ? Floats{} : result;
 }
 
+// x * sigmoid(x), with the exponential taken of -|x| so that it cannot overflow.
+inline Floats silu(Floats x) {
+  const Floats decay = exp2_of_negative((x < 0.0f ? x : -x) * 1.44269504088896340736f);
+  return x * (x < 0.0f ? decay : broadcast(1.0f)) / (1.0f + decay);
+}
+
 // bfloat16 is the upper half of a float.
 struct BFloat16 {
   uint16_t bits;

@@ -110,9 +110,22 @@ class Linear(nn.Module):
         """x `[T, in]` -> `[T, sum(parts)]`; `adapters` says which tokens have one."""
         assert self.packed is not None, "pack() comes before the first forward"
         out = self.packed(x)
-        segments = [
-            (segment.token_index, *self.adapters[segment.slot]) for segment in adapters if segment.slot in self.adapters
-        ]
-        if segments:
+        if self.has_adapter(adapters):
+            segments = [
+                (segment.token_index, *self.adapters[segment.slot])
+                for segment in adapters
+                if segment.slot in self.adapters
+            ]
             dispatch.apply_lora(out, x, segments)
         return self.parallel.all_reduce(out) if self.split == "row" else out
+
+    def has_adapter(self, adapters: tuple[AdapterSegment, ...]) -> bool:
+        """Whether one of a step's adapters changes this layer."""
+        return any(segment.slot in self.adapters for segment in adapters)
+
+    def silu_and_mul(self, x: torch.Tensor, adapters: tuple[AdapterSegment, ...] = ()) -> torch.Tensor:
+        """x `[T, in]` -> `[T, sum(parts) / 2]`, the SiLU of the first half of `forward`'s outputs times the other."""
+        assert self.packed is not None, "pack() comes before the first forward"
+        if self.split == "row" or self.has_adapter(adapters):
+            return dispatch.silu_and_mul(self(x, adapters))
+        return dispatch.linear_silu_and_mul(self.packed, x)

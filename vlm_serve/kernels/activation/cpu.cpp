@@ -8,12 +8,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-// x * sigmoid(x), with the exponential taken of -|x| so that it cannot overflow.
-inline Floats silu(Floats x) {
-  const Floats decay = exp2_of_negative((x < 0.0f ? x : -x) * 1.44269504088896340736f);
-  return x * (x < 0.0f ? decay : broadcast(1.0f)) / (1.0f + decay);
-}
-
 void silu_and_mul(const Tensor& out, const Tensor& gate_up) {
   const int64_t width = out.dim() == 0 ? 0 : out.size(out.dim() - 1), rows = width == 0 ? 0 : out.numel() / width;
   STD_TORCH_CHECK(out.is_contiguous() && gate_up.is_contiguous() && gate_up.numel() == 2 * out.numel() &&

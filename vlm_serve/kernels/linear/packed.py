@@ -1,5 +1,6 @@
 """`y = x Wᵀ + b` with the weight packed once for all batches: for the layers of the decoder."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -43,9 +44,22 @@ class PanelLinear:
         self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        torch.ops.vlm_serve.panel_linear(out.view(-1, self.out_features), rows, self.panels, self.bias)
+        return self._run(torch.ops.vlm_serve.panel_linear, x, self.out_features)
+
+    @property
+    def can_gate(self) -> bool:
+        """Whether each half of the outputs has panels of its own."""
+        return self.out_features % (2 * self.COLUMNS) == 0
+
+    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., in]` -> the SiLU of the first half of the outputs times the other half, `[..., out / 2]`: to the
+        bit what two operators give, without the way through memory between them.
+        """
+        return self._run(torch.ops.vlm_serve.panel_silu_and_mul, x, self.out_features // 2)
+
+    def _run(self, operator: Callable[..., None], x: torch.Tensor, width: int) -> torch.Tensor:
+        out = x.new_empty(*x.shape[:-1], width)
+        operator(out.view(-1, width), x.reshape(-1, x.shape[-1]).contiguous(), self.panels, self.bias)
         return out
 
     @staticmethod
