@@ -78,8 +78,12 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1.")
+        if self.speculative_tokens < 0:
+            raise ConfigurationError("speculative_tokens must be at least 0, which guesses none.")
         if isinstance(self.kv_cache_memory, float) and not 0 < self.kv_cache_memory <= 1:
             raise ConfigurationError("kv_cache_memory as a share must be above 0 and at most 1.")
+        if isinstance(self.kv_cache_memory, int) and self.kv_cache_memory < 1:
+            raise ConfigurationError("kv_cache_memory in bytes must be at least 1.")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigurationError("max_model_len must be at least 2: a token of prompt and one of answer.")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -62,7 +62,8 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 or -1 keeps every token; `min_p` keeps those with at least this share of the
     most likely one's probability. `repetition_penalty` (CTRL, arXiv 1909.05858) sees prompt and answer,
     `presence_penalty` and `frequency_penalty` (OpenAI's) the answer alone. `logit_bias` is added to the logits of the
-    tokens it names; `allowed_token_ids` leaves no others; no text of `bad_words` is generated.
+    tokens it names; `allowed_token_ids` leaves no others. A text of `bad_words` is not generated in the tokens that the
+    tokenizer has for it at the start of a text or after a space; in others it still may be.
     `stop` takes a string or several, `stop_token_ids` end an answer as the end-of-sequence token does, which
     `ignore_eos` switches off; neither ends it before `min_tokens`. `max_tokens=None` means: as many as the context
     holds. `n` answers are made of one prompt. A `seed` makes a request repeatable whatever else is in the batch.
@@ -242,23 +243,33 @@ class ImageInputs:
 
     `tensors` are unbatched (`pixel_values` is float32 `[3, H, W]`); `grid` is the encoder's token grid,
     rows first; `num_tokens` is the count of placeholders the image takes in the prompt.
-    `digest` is the sha256 over names, dtypes, shapes and bytes of the tensors and over the grid: one CT in
+    `digest` is the sha256 over names, dtypes, shapes and bytes of the tensors and over all the rest: one CT in
     two windows is two images. Every cache of the engine is keyed by it.
+    `attends_both_ways` says that in the decoder each of its tokens sees those after it, too, as in Gemma3: its span is
+    atomic, all of it is computed in one step.
     """
 
     tensors: Mapping[str, np.ndarray]
     grid: tuple[int, ...]
     num_tokens: int
     digest: str
+    attends_both_ways: bool = False
 
     @classmethod
-    def create(cls, tensors: Mapping[str, np.ndarray], grid: tuple[int, ...], num_tokens: int) -> "ImageInputs":
-        sha = hashlib.sha256(repr((grid, num_tokens)).encode())
+    def create(
+        cls,
+        tensors: Mapping[str, np.ndarray],
+        grid: tuple[int, ...],
+        num_tokens: int,
+        *,
+        attends_both_ways: bool = False,
+    ) -> "ImageInputs":
+        sha = hashlib.sha256(repr((grid, num_tokens, attends_both_ways)).encode())
         contiguous = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
         for name, array in contiguous.items():
             sha.update(repr((name, array.dtype.str, array.shape)).encode())
             sha.update(array.data)
-        return cls(contiguous, tuple(grid), num_tokens, sha.hexdigest())
+        return cls(contiguous, tuple(grid), num_tokens, sha.hexdigest(), attends_both_ways)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +308,11 @@ class Request:
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     grammar: str | None = None
     pooling: bool = False
+
+    @property
+    def longest_atomic_span(self) -> int:
+        """The most tokens that have to be computed in one step."""
+        return max((span.inputs.num_tokens for span in self.images if span.inputs.attends_both_ways), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,6 +357,7 @@ class TokenOutput:
 class EngineStats:
     """Gauges and running totals of the engine since its start; `/metrics` exports them.
 
+    A request runs while any of its answers has a row, else it waits.
     `kv_tokens_live` of the `kv_tokens_allocated` places in blocks that sequences hold have keys and values in them.
     """
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from vlm_serve.engine.batch import NULL_BLOCK, NewRow, ScheduledBatch, StepResult
 from vlm_serve.engine.scheduler import Scheduler
+from vlm_serve.engine.sequence import Sequence
 from vlm_serve.types import TokenLogprobs
 
 
@@ -26,9 +27,14 @@ def assert_books_agree(one: Scheduler) -> None:
     for sequence in one.running:
         assert 0 <= sequence.computed < len(sequence.token_ids) <= one.max_model_len
         assert sequence.computed <= len(sequence.block_table) * blocks.block_size
+        assert_parts_no_span(sequence, sequence.computed)
     _assert_pins_agree(one)
     waiting = list(one.waiting)
-    assert len(waiting) == len(one.waiting) == one.stats().num_requests_waiting
+    assert len(waiting) == len(one.waiting)
+    run = {sequence.request.request_id for sequence in one.running}
+    wait = {sequence.request.request_id for sequence in waiting} - run
+    stats = one.stats()
+    assert (stats.num_requests_running, stats.num_requests_waiting) == (len(run), len(wait))
     assert all(sequence.row is None and sequence.computed == 0 and not sequence.block_table for sequence in waiting)
     assert all(sequence.is_suspect for sequence in one.waiting.suspects)
     for priority, tenants in one.waiting._classes.items():
@@ -43,6 +49,13 @@ def assert_books_agree(one: Scheduler) -> None:
     assert alive == set(waiting) | set(one.running)
     assert len(alive) == len(waiting) + len(one.running)
     assert all(sequence.finish_reason is None for sequence in alive)
+
+
+def assert_parts_no_span(sequence: Sequence, position: int) -> None:
+    """Nothing begins or ends here, inside a span that attends both ways."""
+    for span in sequence.request.images:
+        if span.inputs.attends_both_ways:
+            assert not span.offset < position < span.end, "a span that attends both ways is parted"
 
 
 def _assert_pins_agree(one: Scheduler) -> None:
@@ -130,11 +143,24 @@ class Machine:
 
     def _assert_budgets(self, batch: ScheduledBatch) -> None:
         config = self.one.config
-        assert 0 < batch.num_tokens <= config.max_num_batched_tokens
+        self._assert_only_a_span_passes_the_budget(batch)
         assert len(set(batch.rows.tolist())) == len(batch.rows) <= config.max_num_seqs
         sizes = [inputs.num_tokens for _, inputs in batch.encode]
         assert len(sizes) <= 1 or sum(sizes) <= config.max_encoder_tokens
         assert all(len(draft) <= config.speculative_tokens for draft in batch.drafts)
+
+    def _assert_only_a_span_passes_the_budget(self, batch: ScheduledBatch) -> None:
+        """A chunk that is one span that attends both ways may be past it, if a token of it was not."""
+        assert batch.num_tokens > 0
+        past = batch.num_tokens - self.one.config.max_num_batched_tokens
+        chunks = set(zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True))
+        spans = [
+            span.inputs.num_tokens
+            for row in batch.rows.tolist()
+            for span in self.one._by_row[row].request.images
+            if span.inputs.attends_both_ways and (row, span.offset, span.inputs.num_tokens) in chunks
+        ]
+        assert past < max(spans, default=1)
 
     def _take_in(self, batch: ScheduledBatch) -> None:
         self.embeddings.difference_update(batch.evict_images)
@@ -163,6 +189,8 @@ class Machine:
         """Writes the keys of `[start, len(tokens))` and reads all those that their queries see."""
         new, table, size = self.rows[row], self.tables[row], self.one.config.block_size
         sequence = self.one._by_row[row]
+        assert_parts_no_span(sequence, start)
+        assert_parts_no_span(sequence, len(tokens))
         for image in new.images:
             if image.offset < len(tokens) and start < image.offset + image.length:
                 assert image.key in self.embeddings, "an image that is not on the device"

@@ -5,9 +5,10 @@ import numpy as np
 from vlm_serve.types import ImageInputs, ImageSpan, Request, SamplingParams
 
 
-def image(seed: int, num_tokens: int = 4) -> ImageInputs:
+def image(seed: int, num_tokens: int = 4, *, attends_both_ways: bool = False) -> ImageInputs:
     pixels = np.full((3, 2, 2), seed, dtype=np.float32)
-    return ImageInputs.create({"pixel_values": pixels}, (1, num_tokens), num_tokens)
+    tensors = {"pixel_values": pixels}
+    return ImageInputs.create(tensors, (1, num_tokens), num_tokens, attends_both_ways=attends_both_ways)
 
 
 def request(

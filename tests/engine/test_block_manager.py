@@ -2,7 +2,9 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, combinations, product
 
 import pytest
 from hypothesis import settings
@@ -48,6 +50,10 @@ def decode(blocks: BlockManager, one: Sequence, count: int) -> None:
 def held(one: Sequence, group: int) -> list[int]:
     """The places in its table of which the sequence has a block of this group."""
     return [index for index, entry in enumerate(one.block_table) if entry[group] != NULL_BLOCK]
+
+
+def powerset(items: range) -> Iterator[tuple[int, ...]]:
+    return chain.from_iterable(combinations(items, size) for size in range(len(items) + 1))
 
 
 @pytest.fixture
@@ -132,15 +138,32 @@ def test_a_cached_prefix_that_nobody_holds_counts_against_the_room(blocks):
     blocks.release(compute(blocks, sequence(64)))
     prefix = blocks.find_prefix(sequence(64))
     assert len(prefix) == 15
-    assert blocks.can_admit(prefix, 64)
-    assert not blocks.can_admit(prefix, 65)
+    assert blocks.can_admit(sequence(64), prefix)
+    assert not blocks.can_admit(sequence(65), prefix)
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 6)])
+def test_the_room_without_others_is_what_there_is_once_they_have_left(windows):
+    told = set()
+    for gone, length in product(powerset(range(3)), range(1, 60, 3)):
+        blocks = BlockManager(10 * len(windows), BLOCK, windows=windows)
+        shared = [compute(blocks, sequence(13)) for _ in range(2)]
+        running = [*shared, compute(blocks, sequence([7] * 9)), compute(blocks, sequence([8] * 3))]
+        probe, grows, leave = sequence(length), running[-1], [running[index] for index in gone]
+        prefix = blocks.find_prefix(probe)
+        answers = blocks.can_admit(probe, prefix, without=leave), blocks.can_grow(grows, length, without=leave)
+        for one in leave:
+            blocks.release(one)
+        assert answers == (blocks.can_admit(probe, prefix), blocks.can_grow(grows, length))
+        told.add(answers)
+    assert len(told) == 4
 
 
 def test_forks_share_the_full_blocks_of_the_prompt_without_prefix_caching():
     blocks = BlockManager(16, BLOCK, enable_prefix_caching=False)
     parent, child = compute(blocks, sequence(14, n=2)), sequence(14, n=2)
     assert blocks.find_prefix(child) == []
-    assert blocks.can_admit(blocks.find_fork(parent, child), 14)
+    assert blocks.can_admit(child, blocks.find_fork(parent, child))
     blocks.admit(child, blocks.find_fork(parent, child))
     assert (child.computed, child.cached_tokens) == (12, 12)
     assert child.block_table == parent.block_table[:3]
@@ -224,7 +247,7 @@ def test_a_sequence_that_is_planned_for_is_admitted_to_an_empty_pool_whatever_is
             if warm:
                 blocks.release(warm)
             prefix = blocks.find_prefix(one := sequence(length))
-            assert blocks.can_admit(prefix, length)
+            assert blocks.can_admit(one, prefix)
             blocks.release(compute(blocks, one, chunk))
 
 
@@ -302,7 +325,7 @@ class Books(RuleBasedStateMachine):
         """What was last written to a block: its group, and all the tokens up to its end, if it is full."""
 
     def begin(self, one: Sequence, prefix) -> None:
-        if not self.blocks.can_admit(prefix, len(one.token_ids)):
+        if not self.blocks.can_admit(one, prefix):
             return
         for index, entry in enumerate(prefix):  # what a hit finds is what the sequence would have computed
             for group, block in enumerate(entry):

@@ -5,7 +5,9 @@ import pytest
 from tests.engine.books import assert_books_agree, assert_empty
 from tests.engine.requests import image, request
 from tests.engine.test_scheduler import finish, scheduler, step
-from vlm_serve.engine.scheduler import MAX_PREEMPTIONS, PATIENCE, Scheduler
+from vlm_serve.engine.preemption import MAX_PREEMPTIONS, enough_of
+from vlm_serve.engine.scheduler import PATIENCE, Scheduler
+from vlm_serve.engine.sequence import Sequence
 from vlm_serve.engine.tenants import GENERATED_WEIGHT, TokenCounters
 
 STAT = -1
@@ -58,6 +60,56 @@ def test_a_stat_request_takes_the_adapter_slot_of_routine_ones():
     assert running(one) == ["base", "stat"]
     finish(one)
     assert_empty(one)
+
+
+def test_nobody_gives_way_to_a_stat_request_that_would_find_too_few_blocks_all_the_same():
+    one = scheduler(num_blocks=10, max_model_len=40)
+    one.add(request("first", [1] * 20, max_tokens=9, priority=STAT))
+    one.add(request("routine", [2] * 8, max_tokens=9))
+    while len(one.running) < 2:
+        step(one)
+    one.add(request("second", [3] * 24, priority=STAT))
+    step(one)
+    assert running(one) == ["first", "routine"]
+    assert finish(one).keys() == {"routine", "second", "first"}
+    assert_empty(one)
+
+
+def test_nobody_gives_way_for_a_slot_to_one_that_finds_no_blocks():
+    one = scheduler(num_blocks=10, max_model_len=40, max_adapters=1)
+    one.add(request("first", [1] * 20, max_tokens=9, priority=STAT))
+    one.add(request("routine", [2] * 4, max_tokens=20, adapter="x"))
+    while len(one.running) < 2:
+        step(one)
+    one.add(request("second", [3] * 24, adapter="y", priority=STAT))
+    step(one)
+    assert running(one) == ["first", "routine"]
+    finish(one)
+    assert_empty(one)
+
+
+def test_one_that_cannot_grow_even_with_what_others_have_gives_way_alone():
+    one = scheduler(num_blocks=14, max_model_len=48)
+    one.add(request("routine", [9] * 3, max_tokens=20))
+    for name in ("a", "b", "c"):
+        one.add(request(name, [int(name, 16)] * 3, max_tokens=20, priority=STAT))
+    step(one)
+    one.add(request("large", [7] * 40, priority=STAT))
+    while "large" not in running(one):
+        step(one)
+    while "large" in running(one):
+        step(one)
+    assert one.blocks.num_free < 10
+    assert (one.num_preemptions, "routine" in running(one)) == (1, True)
+    assert len(finish(one)) == 5
+    assert_empty(one)
+
+
+def test_as_few_give_way_as_suffice_and_none_where_all_do_not():
+    everyone = [Sequence.create(request(name, 4), 4) for name in "abcd"]
+    for needed in range(5):
+        assert enough_of(everyone, lambda some, needed=needed: len(some) >= needed) == everyone[:needed]
+    assert enough_of(everyone, lambda some: len(some) >= 5) is None
 
 
 def test_routine_never_takes_from_stat_nor_from_routine():

@@ -6,7 +6,7 @@ from tests.checkpoints import make_llava
 from tests.engine.adapters import make_adapter
 from tests.engine.harness import Harness, assert_parity, picture
 from vlm_serve.engine.engine import choose_device
-from vlm_serve.errors import ConfigurationError
+from vlm_serve.errors import AdapterError, ConfigurationError
 from vlm_serve.types import FinishReason, Request, SamplingParams
 
 QUESTION = "What does the image show?"
@@ -37,6 +37,7 @@ def break_the_encoder_for(harness: Harness, digest: str, monkeypatch: pytest.Mon
 
 
 def test_a_poisoned_image_ends_its_own_request_and_its_neighbours_finish_as_if_alone(adapted, monkeypatch):
+    """Row 3 of engines.md: one bad image kills the whole engine."""
     folder, directory, _references = adapted
     harness = Harness(folder, adapters=directory)
     engine = harness.engine
@@ -57,6 +58,14 @@ def test_a_poisoned_image_ends_its_own_request_and_its_neighbours_finish_as_if_a
     assert set(reasons.values()) == {FinishReason.LENGTH}
     assert [answers[name] for name in reasons] == [expected[int(name)] for name in reasons]
     assert engine.stats.kv_blocks_used == 0
+
+
+def test_an_adapter_that_matches_nothing_keeps_the_engine_from_starting(tmp_path):
+    """Row 11 of engines.md: no adapter silently does nothing."""
+    model = make_llava(tmp_path / "base")
+    make_adapter(model, tmp_path / "adapters" / "neuro", rank=4, seed=0, targets=r".*vision_tower.*q_proj")
+    with pytest.raises(AdapterError, match=r"neuro.*vision_tower.*matches nothing"):
+        Harness(tmp_path / "base", adapters=tmp_path / "adapters")
 
 
 def test_a_fault_in_the_middle_of_decoding_costs_the_neighbours_nothing(adapted, monkeypatch):

@@ -30,12 +30,17 @@ MAX_MODEL_LEN = 48
 EOS, STOP = 2, 1
 
 
-def arrival(head, length, images, max_tokens, n, adapter, tenant, priority, kind, ends, min_tokens):
-    """A request that has yet to get its name."""
+def arrival(head, length, images, both_ways, max_tokens, n, adapter, tenant, priority, kind, ends, min_tokens):
+    """A request that has yet to get its name. Images that attend both ways are longer than the smaller budgets."""
+    size = 8 if both_ways else 6
     return lambda name: request(
         name,
         [(head + at) % 3 for at in range(length)],
-        images=[(2 + 9 * at, image(seed, 6)) for at, seed in enumerate(images) if 8 + 9 * at <= length],
+        images=[
+            (2 + 9 * at, image(seed, size, attends_both_ways=both_ways))
+            for at, seed in enumerate(images)
+            if 2 + 9 * at + size <= length
+        ],
         max_tokens=max_tokens,
         n=n,
         adapter=adapter,
@@ -54,6 +59,7 @@ ARRIVALS = st.builds(
     head=st.integers(0, 1),
     length=st.one_of(st.integers(1, 12), st.integers(1, 40)),
     images=st.lists(st.integers(0, 4), max_size=3),
+    both_ways=st.booleans(),
     max_tokens=st.integers(1, 24),
     n=st.sampled_from([1, 1, 1, 2, 4]),
     adapter=st.sampled_from([None, None, "x", "y", "z"]),
@@ -105,7 +111,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             try:
                 self.one.add(made)
             except InvalidRequestError:
-                assert len(made.token_ids) + made.sampling.max_tokens > MAX_MODEL_LEN
+                largest = max((span.inputs.num_tokens for span in made.images), default=0)
+                is_too_long = len(made.token_ids) + made.sampling.max_tokens > MAX_MODEL_LEN
+                assert is_too_long or largest > self.one.images.capacity
             else:
                 self.requests[made.request_id] = made
 

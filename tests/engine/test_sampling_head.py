@@ -114,6 +114,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(model, harness, name):
 
 
 def test_what_one_asks_does_not_change_its_neighbours(harness):
+    """Row 20 of engines.md: the same seed gives the same answer whatever else is in the batch."""
     asked = [
         {},
         {"temperature": 1.3, "seed": 4},

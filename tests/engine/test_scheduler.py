@@ -9,15 +9,15 @@ from tests.engine.requests import image, request
 from vlm_serve.config import EngineConfig
 from vlm_serve.engine.batch import ScheduledBatch, StepResult
 from vlm_serve.engine.scheduler import Scheduler
-from vlm_serve.errors import ContextLengthError, InvalidRequestError
+from vlm_serve.errors import ConfigurationError, ContextLengthError, InvalidRequestError
 from vlm_serve.types import FinishReason, TokenOutput
 
 
-def scheduler(*, num_blocks=64, max_model_len=128, clock=time.perf_counter, **config) -> Scheduler:
+def scheduler(*, num_blocks=64, max_model_len=128, windows=(None,), clock=time.perf_counter, **config) -> Scheduler:
     defaults = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 16, "max_encoder_tokens": 8}
     defaults |= {"encoder_cache_tokens": 16, "max_adapters": 2}
     engine_config = EngineConfig(**(defaults | config))
-    return Scheduler(engine_config, num_blocks=num_blocks, max_model_len=max_model_len, clock=clock)
+    return Scheduler(engine_config, num_blocks=num_blocks, max_model_len=max_model_len, windows=windows, clock=clock)
 
 
 def draw(batch: ScheduledBatch, token: int = 1000) -> StepResult:
@@ -56,6 +56,7 @@ def test_a_token_is_drawn_only_when_all_known_ones_are_computed():
 
 
 def test_decoding_goes_on_in_every_step_of_anothers_prefill():
+    """Row 18 of engines.md: neither prefill nor encoder work stalls decoding."""
     one = scheduler(max_encoder_tokens=4)
     one.add(request("long", 100, images=[(2, image(1)), (8, image(2))], max_tokens=1))
     one.add(request("a", 4, max_tokens=50))
@@ -79,6 +80,20 @@ def test_the_budgets_of_tokens_rows_and_image_tokens_are_kept():
         assert sum(inputs.num_tokens for _, inputs in batch.encode) <= 8
         assert one.images.held <= 16
     assert_empty(one)
+
+
+def test_images_are_encoded_a_few_a_step_and_nobody_who_decodes_waits_for_them():
+    """Row 18 of engines.md: encoder work has a budget, and between its pieces everybody gets a token."""
+    one = scheduler(max_num_batched_tokens=64, max_encoder_tokens=8, encoder_cache_tokens=64)
+    one.add(request("decodes", 4, max_tokens=50))
+    step(one)
+    one.add(request("many", [9] * 48, images=[(8 * at, image(at)) for at in range(6)], max_tokens=1))
+    encoded = []
+    while len(one.running) > 1 or len(encoded) < 2:
+        batch, outputs = step(one)
+        encoded.append(len(batch.encode))
+        assert "decodes" in {output.request_id for output in outputs}
+    assert encoded == [2, 2, 2]
 
 
 def test_an_image_larger_than_a_steps_budget_is_encoded_alone():
@@ -131,6 +146,19 @@ def test_a_full_cache_preempts_the_latest_and_every_answer_is_whole():
     assert {len(tokens) for tokens in answers.values()} == {20}
     assert list(answers) == [str(index) for index in range(6)]
     assert_empty(one)
+
+
+def test_a_request_is_counted_once_however_many_answers_it_has():
+    one = scheduler(max_num_seqs=2)
+    one.add(request("a", 9, n=4))
+    stats = one.stats()
+    assert (stats.num_requests_running, stats.num_requests_waiting) == (0, 1)
+    step(one)
+    step(one)
+    one.add(request("b", [5] * 9, n=2))
+    stats = one.stats()
+    assert (len(one.running), len(one.waiting)) == (2, 4)
+    assert (stats.num_requests_running, stats.num_requests_waiting) == (1, 1)
 
 
 def test_more_adapters_than_slots_take_turns():
@@ -217,3 +245,25 @@ def test_what_can_never_be_served_is_refused_at_admission(bad, error):
     with pytest.raises(error):
         one.add(bad)
     assert not one.has_work
+
+
+@pytest.mark.parametrize(
+    "senseless",
+    [
+        {"speculative_tokens": -1},
+        {"block_size": 0},
+        {"max_num_seqs": 0},
+        {"max_num_seqs": 9, "max_num_batched_tokens": 8},
+        {"max_encoder_tokens": 0},
+        {"encoder_cache_tokens": -1},
+        {"max_adapters": 0},
+        {"max_adapter_rank": 0},
+        {"max_model_len": 1},
+        {"kv_cache_memory": 0},
+        {"kv_cache_memory": -1},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused_by_name(senseless):
+    with pytest.raises(ConfigurationError, match=next(iter(senseless))):
+        EngineConfig(**senseless)

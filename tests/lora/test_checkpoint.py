@@ -68,6 +68,7 @@ def test_the_scaling_is_pefts(tmp_path, config, scaling):
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, tensors, config, says):
+    """Row 11 of engines.md: an adapter silently does nothing."""
     with pytest.raises(AdapterError, match="Adapter cardiology") as raised:
         read(write(tmp_path / "cardiology", tensors, **config))
     assert says in str(raised.value)

@@ -29,6 +29,7 @@ def test_a_folder_that_is_an_adapter_itself_is_the_only_one(tmp_path):
 
 
 def test_the_digest_is_of_the_files_not_of_the_name(tmp_path):
+    """Row 7 of engines.md: what is reloaded under the same name is another adapter."""
     for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         write(tmp_path / name, weights)
     store = AdapterStore(tmp_path)

@@ -1,14 +1,15 @@
 """What can never be served is refused before it is queued."""
 
+from vlm_serve.engine.block_manager import BlockManager
 from vlm_serve.errors import ContextLengthError, InvalidRequestError
 from vlm_serve.types import Request
 
 
-def check_request(request: Request, *, max_model_len: int, max_image_tokens: int) -> int:
+def check_request(request: Request, *, max_model_len: int, max_image_tokens: int, blocks: BlockManager) -> int:
     """The most tokens that an answer to the request may have; none for one that pools.
 
     Raises:
-        ContextLengthError: prompt and answer do not fit in the context.
+        ContextLengthError: prompt and answer do not fit in the context, or not in the KV cache.
         InvalidRequestError: an empty prompt, an image larger than the encoder cache.
     """
     prompt_len, max_tokens = len(request.token_ids), request.sampling.max_tokens
@@ -30,4 +31,13 @@ def check_request(request: Request, *, max_model_len: int, max_image_tokens: int
             f"An image takes {largest} tokens; the encoder cache holds {max_image_tokens}. Send a smaller image.",
             param="messages",
         )
-    return room if max_tokens is None else max_tokens
+    max_tokens = room if max_tokens is None else max_tokens
+    # The context is planned for steps of the budget; an atomic span that is longer holds more of a window's blocks.
+    needed = blocks.most_for(prompt_len + max_tokens, request.longest_atomic_span)
+    if needed > blocks.num_blocks:
+        raise ContextLengthError(
+            f"The request takes {needed} blocks of the KV cache, which has {blocks.num_blocks}. Send a smaller image "
+            "or lower max_tokens.",
+            param="messages",
+        )
+    return max_tokens

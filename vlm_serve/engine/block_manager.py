@@ -5,7 +5,7 @@ values depend on, so that a hit is always right: tokens, images, adapter and ten
 """
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence as Many
 
 from vlm_serve.engine.batch import NULL_BLOCK, TableEntry
@@ -87,10 +87,16 @@ class BlockManager:
         """How many entries of a block table `num_tokens` tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Whether `grow` to `num_tokens` tokens would find its blocks."""
+    def most_for(self, num_tokens: int, longest_span: int) -> int:
+        """The most blocks that a sequence holds on its way to `num_tokens` tokens, `longest_span` of which have to be
+        computed in one step.
+        """
+        return most_blocks(num_tokens, self.block_size, self.windows, max(self.max_chunk, longest_span))
+
+    def can_grow(self, sequence: Sequence, num_tokens: int, without: Many[Sequence] = ()) -> bool:
+        """Whether `grow` to `num_tokens` tokens would find its blocks, were it without these other sequences."""
         entries = self.blocks_for(num_tokens) - len(sequence.block_table)
-        return entries * len(self.windows) <= self.num_free
+        return entries * len(self.windows) <= self.num_free + len(self._held_only_by(without))
 
     def grow(self, sequence: Sequence, num_tokens: int) -> tuple[TableEntry, ...]:
         """Gives the sequence room for its first `num_tokens` tokens; returns the entries that were added."""
@@ -103,7 +109,8 @@ class BlockManager:
         """The cached blocks that the sequence's known tokens begin with.
 
         At least one token is left to compute: its logits are what the next token is drawn from. It is the longest
-        prefix of which every group has what the next query sees: of a window its last blocks, of the others all.
+        prefix of which every group has what the next query sees: of a window its last blocks, of the others all. It
+        does not end inside a span that attends both ways.
         """
         if not self.enable_prefix_caching:
             return []
@@ -120,7 +127,7 @@ class BlockManager:
             if any(missed[group] >= 0 for group in groups if self.windows[group] is None):
                 break
             if all(missed[group] < self._first_needed(index + 1, group) for group in groups):
-                longest = index + 1
+                longest = index + 1 if sequence.atomic_span_at((index + 1) * self.block_size) is None else longest
         return self._seen(found[:longest])
 
     def find_fork(self, parent: Sequence, child: Sequence) -> list[TableEntry]:
@@ -128,25 +135,29 @@ class BlockManager:
         the prompt that the parent has computed. A prefix like those of `find_prefix`, for `can_admit` and `admit`; it
         needs no prefix caching.
 
-        At least one token of the prompt is left to compute, as in `find_prefix`. Where layers have windows it is
-        empty from the parent's second token on: the window has left the prompt's end.
+        It ends as one of `find_prefix` does. Where layers have windows it is empty from the parent's second token on,
+        when the window has left the prompt's end, or if a span that attends both ways is there.
         """
         full = min(parent.computed, child.prompt_len - 1) // self.block_size
+        while span := child.atomic_span_at(full * self.block_size):
+            full = span.offset // self.block_size
         entries = self._seen(parent.block_table[:full])
         for group, _ in self._windowed:
             if any(entry[group] == NULL_BLOCK for entry in entries[self._first_needed(full, group) :]):
                 return []
         return entries
 
-    def can_admit(self, prefix: list[TableEntry], num_tokens: int) -> bool:
-        """Whether a new sequence with this prefix can come to `num_tokens` tokens."""
-        room = self.num_free
+    def can_admit(self, sequence: Sequence, prefix: list[TableEntry], without: Many[Sequence] = ()) -> bool:
+        """Whether a new sequence with this prefix can come to all of its known tokens, were it without these others."""
+        num_tokens, freed = len(sequence.token_ids), self._held_only_by(without)
+        max_chunk = max(self.max_chunk, sequence.request.longest_atomic_span)
+        room = self.num_free + len(freed)
         for group, window in enumerate(self.windows):
-            revived = sum(entry[group] != NULL_BLOCK and not self._references[entry[group]] for entry in prefix)
+            own = [entry[group] for entry in prefix if entry[group] != NULL_BLOCK]
+            revived = sum(not self._references[block] or block in freed for block in own)
             needed = self.blocks_for(num_tokens) - len(prefix)
             if window is not None:  # what is revived goes back as the window passes it
-                most = most_blocks(num_tokens, self.block_size, (window,), self.max_chunk)
-                needed = min(needed, most - revived)
+                needed = min(needed, most_blocks(num_tokens, self.block_size, (window,), max_chunk) - revived)
             room -= needed + revived
         return room >= 0
 
@@ -194,6 +205,12 @@ class BlockManager:
                     self._drop(block)
         sequence.block_table = []
         sequence.computed = 0
+
+    def _held_only_by(self, sequences: Many[Sequence]) -> set[int]:
+        """The blocks that would be free without these sequences."""
+        held = Counter(block for one in sequences for entry in one.block_table for block in entry)
+        held.pop(NULL_BLOCK, None)
+        return {block for block, count in held.items() if self._references[block] == count}
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)

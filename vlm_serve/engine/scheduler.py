@@ -5,8 +5,8 @@ one budget. Class by class, the better first, running sequences go before waitin
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable
+from itertools import chain, takewhile
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from vlm_serve.engine.batch import ScheduledBatch, StepResult, TableEntry
 from vlm_serve.engine.block_manager import BlockManager
 from vlm_serve.engine.encoder_cache import EncoderCache
 from vlm_serve.engine.image_grants import grant_images, unpin_images, unpin_passed_images
+from vlm_serve.engine.preemption import enough_of, give_way, slot_users, victims
 from vlm_serve.engine.sequence import RequestRun, Sequence
 from vlm_serve.engine.step import Step
 from vlm_serve.engine.waiting import Neglect, WaitingQueue
@@ -25,9 +26,6 @@ from vlm_serve.types import EngineStats, FinishReason, Request, TokenLogprobs, T
 
 PATIENCE = 64
 """Steps for which one who finds no room lets others pass who do; then it is they who wait."""
-
-MAX_PREEMPTIONS = 4
-"""How often a sequence gives way to a better class before it joins it."""
 
 
 class Scheduler:
@@ -78,7 +76,9 @@ class Scheduler:
         """
         if request.request_id in self._runs:
             raise InvalidRequestError("A request with this id is running.", param="request_id")
-        max_tokens = check_request(request, max_model_len=self.max_model_len, max_image_tokens=self.images.capacity)
+        max_tokens = check_request(
+            request, max_model_len=self.max_model_len, max_image_tokens=self.images.capacity, blocks=self.blocks
+        )
         run = RequestRun(arrival=self._arrivals, arrived=self._clock())
         self._arrivals += 1
         self._runs[request.request_id] = run
@@ -154,9 +154,10 @@ class Scheduler:
             self.adapters.forget(digest)
 
     def stats(self) -> EngineStats:
+        num_running = len({sequence.request.request_id for sequence in self.running})
         return EngineStats(
-            num_requests_running=len(self.running),
-            num_requests_waiting=len(self.waiting),
+            num_requests_running=num_running,
+            num_requests_waiting=len(self._runs) - num_running,
             kv_blocks_used=self.blocks.num_blocks - self.blocks.num_free,
             kv_blocks_total=self.blocks.num_blocks,
             prefix_cache_queries=self.blocks.queries,
@@ -198,17 +199,25 @@ class Scheduler:
             if sequence.row is None:
                 continue  # preempted by one before it
             step.decoding.discard(sequence)
-            count = min(sequence.remaining, step.room)
+            count = sequence.chunk(sequence.computed, step.room)
             # Blocks before images, so that no image is encoded for one that gives way itself.
-            while count > 0 and not self.blocks.can_grow(sequence, sequence.computed + count):
-                victim = next(self._victims())
-                step.is_full |= victim.priority == sequence.priority
-                self._preempt(step, victim, sequence)
-                if victim is sequence:
-                    count = 0
-            count = grant_images(self.images, step, sequence, sequence.computed, count) if count > 0 else 0
-            if count > 0:
-                step.grant(sequence, count, self.blocks.grow(sequence, sequence.computed + count))
+            if count > 0 and self._make_blocks(step, sequence, sequence.computed + count):
+                count = grant_images(self.images, step, sequence, sequence.computed, count)
+                if count > 0:
+                    step.grant(sequence, count, self.blocks.grow(sequence, sequence.computed + count))
+
+    def _make_blocks(self, step: Step, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether a running sequence finds the blocks for so many tokens, if need be those of others that give way
+        before it does; else it gives way itself.
+        """
+        if self.blocks.can_grow(sequence, num_tokens):
+            return True
+        before = takewhile(lambda one: one is not sequence, victims(self.running))
+        gone = enough_of(before, lambda some: self.blocks.can_grow(sequence, num_tokens, without=some))
+        for victim in gone or [sequence]:
+            step.is_full |= victim.priority == sequence.priority
+            self._preempt(step, victim, sequence)
+        return gone is not None
 
     def _admit_waiting(self, step: Step, candidates: Iterable[Sequence]) -> None:
         """Lets in those whose turn it is. One that lacks a row or blocks is waited for. One that lacks a slot for its
@@ -218,23 +227,21 @@ class Scheduler:
         for sequence in candidates:
             if step.is_full or (step.room <= 0 and self._free_rows):
                 return
-            adapter = sequence.request.adapter
             if sequence.awaits_sibling or (step.images_are_full and sequence.request.images):
                 continue
-            if adapter is not None and (step.slots_are_taken or not self._make_slot(step, sequence, adapter)):
+            must_wait = step.slots_are_taken and sequence.request.adapter is not None
+            users = None if must_wait else slot_users(self.adapters, self.running, sequence)
+            if users is None:
                 if not step.slots_are_taken:
                     sequence.slotless_steps += 1
                     step.slots_are_taken = sequence.slotless_steps > PATIENCE
                 continue
             prefix = self._find_prefix(sequence)
-            if not self._make_room(step, sequence, prefix):
+            if not self._make_room(step, sequence, prefix, users):
                 step.is_full = True
                 return
             start = len(prefix) * self.config.block_size
-            count = min(len(sequence.token_ids) - start, step.room)
-            if count <= 0:
-                return
-            count = grant_images(self.images, step, sequence, start, count)
+            count = grant_images(self.images, step, sequence, start, sequence.chunk(start, step.room))
             if count == 0:
                 step.images_are_full = True
                 continue
@@ -268,36 +275,25 @@ class Scheduler:
             uncached = sequence.prompt_len - sequence.computed
             self.waiting.counters.charge(sequence.request.tenant, prompt=uncached)
 
-    def _make_slot(self, step: Step, sequence: Sequence, adapter: str) -> bool:
-        """Whether its adapter finds a slot, if need be one that only running sequences of worse classes use."""
-        if not self.adapters.can_pin(adapter):
-            users: dict[str, list[Sequence]] = {}
-            for running in self.running:
-                if running.request.adapter is not None:
-                    users.setdefault(running.request.adapter, []).append(running)
-            worse = (group for group in users.values() if all(user.priority > sequence.priority for user in group))
-            for victim in min(worse, key=len, default=[]):
-                self._preempt(step, victim, sequence)
-        return self.adapters.can_pin(adapter)
-
-    def _make_room(self, step: Step, sequence: Sequence, prefix: list[TableEntry]) -> bool:
-        """Whether it finds a row and blocks, if need be those of running sequences of worse classes.
+    def _make_room(self, step: Step, sequence: Sequence, prefix: list[TableEntry], users: list[Sequence]) -> bool:
+        """Whether it finds a row, blocks and a token of the budget, if need be those of running sequences of worse
+        classes. These give way, and the `users` of its adapter's slot with them, only if it does.
 
         Blocks for all that is known, not for one chunk: a prompt let in by halves is soon preempted.
         """
-        victims = self._victims(worse_than=sequence.priority)
-        while not (self._free_rows and self.blocks.can_admit(prefix, len(sequence.token_ids))):
-            if (victim := next(victims, None)) is None:
-                return False
+
+        def suffice(others: list[Sequence]) -> bool:
+            gone = users + others
+            has_row = bool(self._free_rows or gone) and step.room + len(step.decoding.intersection(gone)) > 0
+            return has_row and self.blocks.can_admit(sequence, prefix, without=gone)
+
+        worse = victims(self.running, worse_than=sequence.priority)
+        others = enough_of((one for one in worse if one not in users), suffice)
+        if others is None:
+            return False
+        for victim in users + others:
             self._preempt(step, victim, sequence)
         return True
-
-    def _victims(self, worse_than: int | None = None) -> Iterator[Sequence]:
-        """Running sequences in the order in which they give way: the worst class first, in it the latest."""
-        latest_first = self.running[::-1]
-        for sequence in sorted(latest_first, key=lambda one: -one.priority):
-            if worse_than is None or sequence.priority > worse_than:
-                yield sequence
 
     def _grant_drafts(self, step: Step) -> None:
         """Spends what nobody else wants of the step on guesses at the next tokens of those that decode."""
@@ -350,13 +346,9 @@ class Scheduler:
         self.running.remove(sequence)
 
     def _preempt(self, step: Step, victim: Sequence, winner: Sequence) -> None:
-        """Sends a sequence back to the queue; its tokens are kept and computed again later. One that this happens to
-        again and again joins the class of those it gives way to.
-        """
+        """Sends a sequence back to the queue; its tokens are kept and computed again later."""
         self._leave_row(victim)
-        victim.preemptions += 1
-        if victim.preemptions > MAX_PREEMPTIONS:
-            victim.priority = min(victim.priority, winner.priority)
+        give_way(victim, winner)
         self.waiting.put_back(victim)
         self.num_preemptions += 1
         step.decoding.discard(victim)

@@ -135,6 +135,25 @@ class Sequence:
             and not self.request.bad_word_ids
         )
 
+    def atomic_span_at(self, position: int) -> ImageSpan | None:
+        """The span that attends both ways and that a cut before `position` would part."""
+        if position >= self.prompt_len:
+            return None
+        for span in self.request.images:
+            if span.offset < position < span.end and span.inputs.attends_both_ways:
+                return span
+        return None
+
+    def chunk(self, start: int, room: int) -> int:
+        """How many of the known tokens from `start` on a step with this room computes. A cut that would part a span
+        moves to before it; if the span is what comes next, to behind it, past the room.
+        """
+        count = max(0, min(len(self.token_ids) - start, room))
+        span = self.atomic_span_at(start + count) if count else None
+        if span is None:
+            return count
+        return (span.offset if span.offset > start else span.end) - start
+
     def image_key(self, span: ImageSpan) -> ImageKey:
         return span.inputs.digest, self.request.cache_salt
 

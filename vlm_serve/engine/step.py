@@ -44,8 +44,9 @@ class Step:
         return self.budget - len(self.decoding)
 
     def grant(self, sequence: Sequence, count: int, blocks: tuple[TableEntry, ...]) -> None:
+        """A chunk with an atomic span may be past the room; it takes nothing of what is kept back."""
         self.granted.append(Grant(sequence, count, blocks))
-        self.budget -= count
+        self.budget -= min(count, self.room)
 
     def batch(self) -> ScheduledBatch:
         sequences = [grant.sequence for grant in self.granted]
