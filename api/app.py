@@ -24,9 +24,15 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     """
     keys = KeyFile.read(config.api_keys) if config.api_keys is not None else None
     figures = Metrics(
-        lambda: llm.stats, llm.models[0].id, adapters=len(llm.models) - 1, tenants=keys.tenants if keys else ()
+        stats=lambda: llm.stats,
+        restarts=lambda: llm.engine_restarts,
+        model_name=llm.models[0].id,
+        adapter_slots=llm.adapter_slots,
+        tenants=keys.tenants if keys else (),
     )
     llm.on_step(figures.step)
+    llm.on_image(figures.image)
+    llm.on_adapters(figures.adapters_loaded)
     app = Application(title="vlm-serve", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.shared = AppState(llm, config, figures)
     install_error_handlers(app)

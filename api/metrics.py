@@ -28,8 +28,9 @@ MAX_TENANTS = 32
 class EngineCollector(Collector):
     """Reads the engine's figures at each scrape."""
 
-    def __init__(self, stats: Callable[[], EngineStats], model_name: str) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], restarts: Callable[[], int], model_name: str) -> None:
         self._stats = stats
+        self._restarts = restarts
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
@@ -51,6 +52,7 @@ class EngineCollector(Collector):
             "num_preemptions": ("Times that a request gave up its blocks and began again.", stats.num_preemptions),
             "spec_decode_num_draft_tokens": ("Tokens guessed by look-up.", stats.spec_draft_tokens),
             "spec_decode_num_accepted_tokens": ("Guessed tokens that the model drew.", stats.spec_accepted_tokens),
+            "engine_restarts": ("Times that the engine's process died and was started again.", self._restarts()),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"vlm_serve:{name}", text, labels=["model_name"])
@@ -63,12 +65,14 @@ class EngineCollector(Collector):
 
 
 class AdapterCollector(Collector):
-    """`lora_requests_info`: which adapters have requests now, waiting for their first token or past it."""
+    """`lora_requests_info`: which adapters have requests now, waiting for their first token or past it, and how many
+    may be on the device at once.
+    """
 
-    def __init__(self, served: int) -> None:
+    def __init__(self, slots: int) -> None:
         self.running: Tally[str] = Tally()
         self.waiting: Tally[str] = Tally()
-        self._served = served
+        self._slots = slots
 
     def collect(self) -> Iterator[Metric]:
         labels = ["running_lora_adapters", "waiting_lora_adapters", "max_lora"]
@@ -76,7 +80,7 @@ class AdapterCollector(Collector):
             "vlm_serve:lora_requests_info", "Adapters in use; the value is the time.", labels=labels
         )
         names = [",".join(sorted(+tally)) for tally in (self.running, self.waiting)]
-        gauge.add_metric([*names, str(self._served)], time.time())
+        gauge.add_metric([*names, str(self._slots)], time.time())
         yield gauge
 
 
@@ -85,19 +89,25 @@ class Metrics:
 
     Args:
         stats: the engine's.
+        restarts: of its process.
         model_name: the base model's.
-        adapters: how many are served.
+        adapter_slots: how many adapters are on the device at once.
         tenants: those of the file of keys, in its order.
     """
 
     def __init__(
-        self, stats: Callable[[], EngineStats], model_name: str, adapters: int = 0, tenants: Sequence[str] = ()
+        self,
+        stats: Callable[[], EngineStats],
+        restarts: Callable[[], int],
+        model_name: str,
+        adapter_slots: int,
+        tenants: Sequence[str] = (),
     ) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._tenants = frozenset(tenants[:MAX_TENANTS])
-        self.adapters = AdapterCollector(adapters)
-        self.registry.register(EngineCollector(stats, model_name))
+        self.adapters = AdapterCollector(adapter_slots)
+        self.registry.register(EngineCollector(stats, restarts, model_name))
         self.registry.register(self.adapters)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that were let in.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
@@ -128,6 +138,15 @@ class Metrics:
         self._step_tokens = self._engine_histogram("iteration_tokens_total", "Tokens of a step.", LENGTH_BUCKETS)
         self._step_images = self._engine_histogram("encoder_batch_images", "Images encoded in a step.", COUNT_BUCKETS)
         self._step_encoding = self._engine_histogram("encoder_seconds", "Encoding of a step's images.", TOKEN_BUCKETS)
+        self._image_decode = self._engine_histogram(
+            "image_decode_seconds", "Decoding of an image's file, in a worker.", FIRST_TOKEN_BUCKETS
+        )
+        self._image_preprocess = self._engine_histogram(
+            "image_preprocess_seconds", "Processing of an image's pixels for the model.", TOKEN_BUCKETS
+        )
+        self._adapter_load = self._engine_histogram(
+            "adapter_load_seconds", "Reading and checking the adapters, by an engine that starts.", REQUEST_BUCKETS
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         names = ["model_name", "adapter", "tenant", *labels]
@@ -148,6 +167,15 @@ class Metrics:
         if output.images_encoded:
             self._step_images.observe(output.images_encoded)
             self._step_encoding.observe(output.encoder_seconds)
+
+    def image(self, decode_seconds: float, preprocess_seconds: float) -> None:
+        """One image on its way in; from any thread."""
+        self._image_decode.observe(decode_seconds)
+        self._image_preprocess.observe(preprocess_seconds)
+
+    def adapters_loaded(self, seconds: float) -> None:
+        """An engine process has read its adapters."""
+        self._adapter_load.observe(seconds)
 
     def request(self, adapter: str, tenant: str) -> "RequestFigures":
         """What one request adds; `adapter` is empty for the base model itself."""

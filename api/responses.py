@@ -1,15 +1,36 @@
 """What bodies have in common: models, usage, and `x_vlm_serve` beside an answer, never in its content."""
 
 from dataclasses import asdict, replace
+from typing import Protocol
 
 import msgspec
 
 from vlm_serve.clinical.image import ImageReceipt
-from vlm_serve.serving.run import Run, Usage
+from vlm_serve.serving.run import Usage
 from vlm_serve.serving.served_model import ServedModel
-from vlm_serve.types import JsonObject
+from vlm_serve.types import JsonObject, TokenLogprobs
 
 DRAFT_NOTICE = "Draft for review by a qualified clinician. Not for diagnostic use."
+
+
+class AnsweredRun(Protocol):
+    """What a body says of the run that it answers: a server's `Run` under way, or one of a batch that has ended."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def model(self) -> ServedModel: ...
+    @property
+    def receipts(self) -> tuple[ImageReceipt, ...]: ...
+    @property
+    def image_digests(self) -> tuple[str, ...]: ...
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]: ...
+    def token_bytes(self, token_id: int, /) -> bytes: ...
 
 
 def receipt_json(receipt: ImageReceipt) -> JsonObject:
@@ -43,7 +64,7 @@ def usage_json(usage: Usage) -> JsonObject:
     }
 
 
-def image_answer_json(run: Run, base: ServedModel) -> JsonObject:
+def image_answer_json(run: AnsweredRun, base: ServedModel) -> JsonObject:
     """`x_vlm_serve`: what a reader of an answer to images must know, and what repeats it."""
     adapter = run.model if run.model.parent is not None else None
     notices = dict.fromkeys(model.notice for model in (base, run.model) if model.notice)

@@ -1,6 +1,7 @@
 """From the wire to the engine's nouns: a checked request becomes a `ChatInput` or prompts, and `SamplingParams`."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from api.schemas import (
 from api.schemas.fields import CompletionFields, GenerationRequest, ResponseFormat
 from api.schemas.messages import ChatCompletionMessage
 from api.schemas.responses import InputImage, InputText
-from vlm_serve.errors import InvalidRequestError, PermissionDeniedError
+from vlm_serve.errors import InputError, InvalidRequestError, PermissionDeniedError
 from vlm_serve.serving.media import DICOM, from_base64, from_data_url
 from vlm_serve.types import (
     ChatInput,
@@ -205,6 +206,19 @@ def responses_input(asked: ResponsesRequest, *, max_images: int) -> ChatInput:
             raise InvalidRequestError(f"A {message.role} message needs content.", param=place)
         messages.append(ChatMessage(_role(message.role), content))
     return ChatInput(tuple(messages))
+
+
+def name_in_input(error: InputError, asked: ResponsesRequest, chat: ChatInput) -> None:
+    """Names a place of the error in the conversation's messages as one in `input`, which has no instructions at its
+    front.
+    """
+    before = len(chat.messages) - len(asked.input)
+    if error.param is not None and error.param.startswith("messages"):
+        error.param = re.sub(
+            r"^messages(?:\[(\d+)\])?",
+            lambda match: f"input[{int(match.group(1)) - before}]" if match.group(1) else "input",
+            error.param,
+        )
 
 
 def _role(role: str) -> str:

@@ -42,6 +42,7 @@ def digest(pixels, grid=(2, 2), tokens=4, name="pixel_values") -> str:
 
 
 def test_an_images_digest_covers_bytes_dtype_shape_name_and_grid():
+    """Row 15 of engines.md: image hashes that collide."""
     pixels = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
     digests = [
         digest(pixels),

@@ -1,19 +1,19 @@
 """vlm-serve: clinical vision-language models, served from DICOM to a streamed answer.
 
-The package's face is two names, loaded when first asked for, so that `vlm_serve.clinical` can be imported
+The package's face is three names, loaded when first asked for, so that `vlm_serve.clinical` can be imported
 by a small process without torch:
 
-    from vlm_serve import LLM, SamplingParams
+    from vlm_serve import LLM, SamplingParams, StructuredOutputs
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm_serve.serving.llm import LLM
-    from vlm_serve.types import SamplingParams
+    from vlm_serve.types import SamplingParams, StructuredOutputs
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputs", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,8 +21,8 @@ def __getattr__(name: str) -> Any:
         from vlm_serve.serving.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from vlm_serve.types import SamplingParams
+    if name in ("SamplingParams", "StructuredOutputs"):
+        from vlm_serve import types
 
-        return SamplingParams
+        return getattr(types, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from api.errors import error_body
-from api.responses import image_answer_json
-from vlm_serve.serving.run import Run, TokenDelta, Usage
+from api.responses import AnsweredRun, image_answer_json
+from vlm_serve.serving.run import TokenDelta, Usage
 from vlm_serve.serving.served_model import ServedModel
 from vlm_serve.types import FinishReason, JsonObject, TokenLogprobs
 
@@ -16,7 +16,7 @@ class Answer:
     """One answer of a request so far. `index` counts through the answers to all its prompts."""
 
     index: int
-    run: Run
+    run: AnsweredRun
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -51,7 +51,7 @@ class Writer(ABC):
     DONE: bytes = b"data: [DONE]\n\n"
     """The last event of a stream."""
 
-    def __init__(self, runs: Sequence[Run], base: ServedModel, created: int, n: int = 1) -> None:
+    def __init__(self, runs: Sequence[AnsweredRun], base: ServedModel, created: int, n: int = 1) -> None:
         self.runs = runs
         self._base = base
         self._created = created

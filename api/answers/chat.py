@@ -5,10 +5,10 @@ from typing import Any
 
 from api.answers.base import Answer, Writer
 from api.answers.logprobs import chat_logprobs, prompt_logprobs
-from api.responses import usage_json
+from api.responses import AnsweredRun, usage_json
 from api.schemas import ChatCompletionRequest
 from api.tools import CallArguments, CallBegin, CallParser, Piece, ToolCalling
-from vlm_serve.serving.run import Run, TokenDelta
+from vlm_serve.serving.run import TokenDelta
 from vlm_serve.serving.served_model import ServedModel
 from vlm_serve.types import FinishReason, JsonObject, TokenLogprobs
 
@@ -19,7 +19,12 @@ class ChatWriter(Writer):
     """In OpenAI's form, with vLLM's `stop_reason` and `prompt_logprobs`."""
 
     def __init__(
-        self, asked: ChatCompletionRequest, calling: ToolCalling | None, run: Run, base: ServedModel, created: int
+        self,
+        asked: ChatCompletionRequest,
+        calling: ToolCalling | None,
+        run: AnsweredRun,
+        base: ServedModel,
+        created: int,
     ) -> None:
         super().__init__([run], base, created, asked.n or 1)
         self._asked = asked

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from api.answers.base import Answer, Writer
 from api.answers.logprobs import LegacyLogprobs, prompt_logprobs
-from api.responses import usage_json
+from api.responses import AnsweredRun, usage_json
 from api.schemas import CompletionRequest
-from vlm_serve.serving.run import Run, TokenDelta
+from vlm_serve.serving.run import TokenDelta
 from vlm_serve.serving.served_model import ServedModel
 from vlm_serve.types import JsonObject, TokenLogprobs
 
@@ -21,7 +21,12 @@ class TextWriter(Writer):
     """
 
     def __init__(
-        self, asked: CompletionRequest, echoes: Sequence[str], runs: Sequence[Run], base: ServedModel, created: int
+        self,
+        asked: CompletionRequest,
+        echoes: Sequence[str],
+        runs: Sequence[AnsweredRun],
+        base: ServedModel,
+        created: int,
     ) -> None:
         n = asked.n or 1
         super().__init__(runs, base, created, n)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from vlm_serve.serving.run import Run
+from api.responses import AnsweredRun
 from vlm_serve.types import JsonObject, TokenLogprobs
 
 LEAST = -9999.0
@@ -15,16 +15,16 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else LEAST
 
 
-def _text(run: Run, token_id: int) -> str:
+def _text(run: AnsweredRun, token_id: int) -> str:
     return run.token_bytes(token_id).decode("utf-8", "replace")
 
 
-def _token(run: Run, token_id: int, logprob: float) -> JsonObject:
+def _token(run: AnsweredRun, token_id: int, logprob: float) -> JsonObject:
     encoded = run.token_bytes(token_id)
     return {"token": encoded.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(encoded)}
 
 
-def chat_logprobs(run: Run, entries: Iterable[TokenLogprobs], top: int) -> list[JsonObject]:
+def chat_logprobs(run: AnsweredRun, entries: Iterable[TokenLogprobs], top: int) -> list[JsonObject]:
     """The form of chats: each token with its bytes and the `top` likeliest at its place."""
     return [
         _token(run, entry.token_ids[0], entry.logprobs[0])
@@ -38,7 +38,7 @@ def chat_logprobs(run: Run, entries: Iterable[TokenLogprobs], top: int) -> list[
     ]
 
 
-def prompt_logprobs(run: Run, count: int) -> list[JsonObject | None]:
+def prompt_logprobs(run: AnsweredRun, count: int) -> list[JsonObject | None]:
     """vLLM's form: for each token of the prompt its own and the `count` likeliest, by id; none for the first."""
 
     def entry(found: TokenLogprobs) -> JsonObject:
@@ -60,7 +60,7 @@ def prompt_logprobs(run: Run, count: int) -> list[JsonObject | None]:
 class LegacyLogprobs:
     """The form of plain completions: four lists side by side. `offset` is that of the next token in the text."""
 
-    run: Run
+    run: AnsweredRun
     top: int
     offset: int = 0
     tokens: list[str] = field(default_factory=list)

@@ -7,8 +7,9 @@ from typing import Any
 from api.answers.base import Answer, Writer
 from api.answers.logprobs import chat_logprobs
 from api.errors import error_body
+from api.responses import AnsweredRun
 from api.schemas import ResponsesRequest
-from vlm_serve.serving.run import Run, TokenDelta
+from vlm_serve.serving.run import TokenDelta
 from vlm_serve.serving.served_model import ServedModel
 from vlm_serve.types import FinishReason, JsonObject, TokenLogprobs
 
@@ -18,7 +19,7 @@ class ResponseWriter(Writer):
 
     DONE = b""
 
-    def __init__(self, asked: ResponsesRequest, run: Run, base: ServedModel, created: int) -> None:
+    def __init__(self, asked: ResponsesRequest, run: AnsweredRun, base: ServedModel, created: int) -> None:
         super().__init__([run], base, created)
         self._asked = asked
         self._item_id = f"msg_{uuid.uuid4().hex}"

@@ -22,6 +22,7 @@ examples:
   vlm-serve serve
   vlm-serve serve --model ~/models/llava-1.5-7b --adapters ~/adapters --port 9000
   vlm-serve serve --kv-cache-memory 8GiB --max-model-len 4096 --max-num-seqs 32
+  vlm-serve serve --kv-cache-memory 80%        of what the weights leave free on a GPU
   vlm-serve serve --config vlm-serve.yaml      # flags go before VLM_SERVE_* before the file
 
 a file of settings:
@@ -48,7 +49,7 @@ examples:
   vlm-serve run-batch in.jsonl out.jsonl       again, if it was cut off: it goes on
   vlm-serve run-batch --model ~/models/llava-1.5-7b --adapters ~/adapters in.jsonl out.jsonl
 
-in.jsonl holds one request a line, in OpenAI's batch format, for chats, completions or embeddings:
+in.jsonl holds one request a line, in OpenAI's batch format, for chats, responses, completions or embeddings:
   {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
    "body": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}}
 """,
@@ -164,7 +165,11 @@ def _add_model(parser: argparse.ArgumentParser, checkpoint_flag: str = "model") 
     _add_setting(group, "model.dtype", "auto, float32, bfloat16 or float16 (default: auto)")
     _add_setting(group, "model.device", "auto, cpu or cuda (default: auto)")
     _add_setting(group, "engine.max_model_len", "tokens of prompt and answer together (default: the model's)")
-    _add_setting(group, "engine.kv_cache_memory", "such as 2GiB (default: 1GiB)")
+    _add_setting(
+        group,
+        "engine.kv_cache_memory",
+        "such as 2GiB, or on a GPU a share of what is free, 0.8 or 80%% (default: 1GiB, 0.9)",
+    )
     _add_setting(group, "engine.max_num_seqs", "requests in one batch (default: 64)")
     _add_setting(group, "engine.max_num_batched_tokens", "tokens in one step (default: 512)")
     _add_setting(group, "engine.speculative_tokens", "tokens guessed at once from what is there (default: 0, none)")

@@ -4,22 +4,24 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 from api.answers.base import Writer
 from api.answers.chat import ChatWriter
 from api.answers.completions import TextWriter
+from api.answers.responses import ResponseWriter
 from api.cli.batch_file import BatchLine
 from api.gateway.keys import ANYONE
 from api.intake import validated
 from api.routes.embeddings import check_dimensions, embeddings_json
-from api.schemas import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+from api.schemas import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
 from api.schemas.completions import each_prompt
-from api.schemas.fields import CompletionFields
+from api.schemas.fields import GenerationRequest
 from api.tools import tool_calling
-from api.wire import chat_input, priority, sampling_params
+from api.wire import chat_input, name_in_input, priority, responses_input, sampling_params
+from vlm_serve.clinical.image import ImageReceipt
 from vlm_serve.config import ServerConfig
 from vlm_serve.errors import (
+    InputError,
     InvalidRequestError,
     ModelNotFoundError,
     PayloadTooLargeError,
@@ -29,9 +31,11 @@ from vlm_serve.errors import (
 from vlm_serve.serving.async_llm import Embedding
 from vlm_serve.serving.llm import LLM, Job
 from vlm_serve.serving.outputs import Answers, Pooled
-from vlm_serve.serving.run import Run, TokenDelta, Usage
+from vlm_serve.serving.run import TokenDelta, Usage
 from vlm_serve.serving.served_model import ServedModel
-from vlm_serve.types import JsonObject
+from vlm_serve.types import JsonObject, TokenLogprobs
+
+URLS = ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/embeddings")
 
 Result = Answers | Pooled | VlmServeError
 Write = Callable[[Sequence[Result]], JsonObject]
@@ -39,11 +43,14 @@ Write = Callable[[Sequence[Result]], JsonObject]
 
 @dataclass(slots=True)
 class BatchRequest:
-    """One line under way: a job a prompt, and their results as they come."""
+    """One line under way: a job a prompt, and their results as they come. `place` names the field of an error as the
+    line has it.
+    """
 
     custom_id: str
     jobs: list[Job]
     write: Write
+    place: Callable[[InputError], None] = lambda error: None
     results: dict[int, Result] = field(default_factory=dict)
 
     def take(self, place: int, result: Result) -> bool:
@@ -59,6 +66,8 @@ class BatchRequest:
         """
         results = [self.results[place] for place in range(len(self.jobs))]
         for result in results:
+            if isinstance(result, InputError):
+                self.place(result)
             if isinstance(result, VlmServeError):
                 raise result
             errors = [result.error] if isinstance(result, Pooled) else [answer.error for answer in result.answers]
@@ -81,22 +90,21 @@ def read_request(line: BatchLine, llm: LLM, config: ServerConfig) -> BatchReques
         raise PayloadTooLargeError(f"The body is larger than {config.max_body_bytes} bytes.")
     match line.url:
         case "/v1/chat/completions":
-            jobs, write = _chat(body, llm, config.max_images)
+            request = _chat(line.custom_id, body, llm, config.max_images)
+        case "/v1/responses":
+            request = _response(line.custom_id, body, llm, config.max_images)
         case "/v1/completions":
-            jobs, write = _completion(body, llm)
+            request = _completion(line.custom_id, body, llm)
         case "/v1/embeddings":
-            jobs, write = _embedding(body, llm)
+            request = _embedding(line.custom_id, body, llm)
         case _:
-            raise InvalidRequestError(
-                "The url must be /v1/chat/completions, /v1/completions or /v1/embeddings.", param="url"
-            )
-    request = BatchRequest(line.custom_id, jobs, write)
-    for place, job in enumerate(jobs):
+            raise InvalidRequestError(f"The url must be one of {', '.join(URLS)}.", param="url")
+    for place, job in enumerate(request.jobs):
         job.key = (request, place)
     return request
 
 
-def _chat(body: bytes, llm: LLM, max_images: int) -> tuple[list[Job], Write]:
+def _chat(custom_id: str, body: bytes, llm: LLM, max_images: int) -> BatchRequest:
     asked = validated(ChatCompletionRequest, body)
     _check_no_stream(asked)
     model = _find(asked.model, llm)
@@ -108,10 +116,24 @@ def _chat(body: bytes, llm: LLM, max_images: int) -> tuple[list[Job], Write]:
         runs = _runs(results, model, llm)
         return _written(ChatWriter(asked, calling, runs[0], llm.models[0], int(time.time())), results)
 
-    return [Job(chat, sampling, _adapter(model), priority(asked.priority, ANYONE))], write
+    return BatchRequest(custom_id, [Job(chat, sampling, _adapter(model), priority(asked.priority, ANYONE))], write)
 
 
-def _completion(body: bytes, llm: LLM) -> tuple[list[Job], Write]:
+def _response(custom_id: str, body: bytes, llm: LLM, max_images: int) -> BatchRequest:
+    asked = validated(ResponsesRequest, body)
+    _check_no_stream(asked)
+    model, sampling = _find(asked.model, llm), sampling_params(asked)
+    chat = responses_input(asked, max_images=max_images)
+
+    def write(results: Sequence[Result]) -> JsonObject:
+        (run,) = _runs(results, model, llm)
+        return _written(ResponseWriter(asked, run, llm.models[0], int(time.time())), results)
+
+    jobs = [Job(chat, sampling, _adapter(model), priority(asked.priority, ANYONE))]
+    return BatchRequest(custom_id, jobs, write, lambda error: name_in_input(error, asked, chat))
+
+
+def _completion(custom_id: str, body: bytes, llm: LLM) -> BatchRequest:
     asked = validated(CompletionRequest, body)
     _check_no_stream(asked)
     model, sampling, prompts = _find(asked.model, llm), sampling_params(asked), each_prompt(asked.prompt)
@@ -122,10 +144,10 @@ def _completion(body: bytes, llm: LLM) -> tuple[list[Job], Write]:
         return _written(TextWriter(asked, echoes, runs, llm.models[0], int(time.time())), results)
 
     urgency = priority(asked.priority, ANYONE)
-    return [Job(prompt, sampling, _adapter(model), urgency) for prompt in prompts], write
+    return BatchRequest(custom_id, [Job(prompt, sampling, _adapter(model), urgency) for prompt in prompts], write)
 
 
-def _embedding(body: bytes, llm: LLM) -> tuple[list[Job], Write]:
+def _embedding(custom_id: str, body: bytes, llm: LLM) -> BatchRequest:
     asked = validated(EmbeddingRequest, body)
     model = _find(asked.model, llm)
 
@@ -139,10 +161,11 @@ def _embedding(body: bytes, llm: LLM) -> tuple[list[Job], Write]:
         return embeddings_json(asked, embeddings, sum(one.prompt_tokens for one in embeddings))
 
     urgency = priority(asked.priority, ANYONE)
-    return [Job(prompt, None, _adapter(model), urgency) for prompt in each_prompt(asked.input)], write
+    jobs = [Job(prompt, None, _adapter(model), urgency) for prompt in each_prompt(asked.input)]
+    return BatchRequest(custom_id, jobs, write)
 
 
-def _check_no_stream(asked: CompletionFields) -> None:
+def _check_no_stream(asked: GenerationRequest) -> None:
     if asked.stream:
         raise InvalidRequestError("A batch has no streams. Leave 'stream' out.", param="stream")
 
@@ -160,21 +183,21 @@ def _adapter(model: ServedModel) -> str | None:
 
 
 class _EndedRun:
-    """What the writers of the API read of a `Run`, of one that has ended."""
+    """One prompt's, as the writers of the API want to know it."""
 
     def __init__(self, answers: Answers, model: ServedModel, llm: LLM) -> None:
         self.request_id = uuid.uuid4().hex
         self.model = model
-        self.receipts = answers.receipts
-        self.image_digests = answers.image_digests
-        self.prompt_token_ids = answers.prompt_token_ids
+        self.receipts: tuple[ImageReceipt, ...] = answers.receipts
+        self.image_digests: tuple[str, ...] = answers.image_digests
+        self.prompt_token_ids: tuple[int, ...] = answers.prompt_token_ids
         self.prompt_tokens = len(answers.prompt_token_ids)
-        self.prompt_logprobs = answers.prompt_logprobs
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = answers.prompt_logprobs
         self.token_bytes = llm.token_bytes.__getitem__
 
 
-def _runs(results: Sequence[Result], model: ServedModel, llm: LLM) -> list[Run]:
-    return [cast(Run, _EndedRun(one, model, llm)) for one in results if isinstance(one, Answers)]
+def _runs(results: Sequence[Result], model: ServedModel, llm: LLM) -> list[_EndedRun]:
+    return [_EndedRun(one, model, llm) for one in results if isinstance(one, Answers)]
 
 
 def _written(writer: Writer, results: Sequence[Result]) -> JsonObject:

@@ -112,6 +112,8 @@ class Server(uvicorn.Server):
                 app,
                 # Its access log would write URLs, and our phases tell the start-up: `api.request_log` logs requests.
                 access_log=False,
+                # Whatever else is installed: it bounds the head of a request, to 64 KiB.
+                http="h11",
                 log_level="warning",
                 log_config=None,
                 lifespan="off",

@@ -28,6 +28,7 @@ SHIPPED_ADAPTER = Path(__file__).parent.parent.parent / "adapters" / "radiology"
 
 _UNITS = {"": 1, "b": 1, "kib": 1024, "mib": MIB, "gib": GIB, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
+_SHARE = re.compile(r"(\d+(?:\.\d+)?(?=\s*%)|\d*\.\d+)\s*(%?)")
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -41,6 +42,25 @@ def parse_size(text: str) -> int:
     if match is None or match.group(2).lower() not in _UNITS:
         raise ValueError("a size such as 2GiB, 512MiB or a number of bytes")
     return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+
+
+def parse_memory(text: str) -> int | float:
+    """Bytes as `parse_size` reads them, or a share of a device's memory: `0.8` or `80%` is the float 0.8. A number with
+    a point and without a unit is a share; 1 is a byte.
+
+    Raises:
+        ValueError: neither, or a share that is not above 0 and at most 1.
+    """
+    match = _SHARE.fullmatch(text.strip())
+    try:
+        if match is None:
+            return parse_size(text)
+        share = float(match.group(1)) / (100 if match.group(2) else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError("a size such as 2GiB, or on a GPU a share such as 0.8 or 80%")
+    return share
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +96,6 @@ def _parser(name: str, hint: Any) -> Callable[[Any], Any]:
     """Reads a value of a file, of the environment or of a flag; raises ValueError that says what it must be."""
     optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
     kind = next(arg for arg in typing.get_args(hint) if arg is not type(None)) if optional else hint
-    sized = name.endswith("_bytes") or name == "kv_cache_memory"
 
     def parse(value: Any) -> Any:
         if optional and (value is None or value == ""):
@@ -91,8 +110,10 @@ def _parser(name: str, hint: Any) -> Callable[[Any], Any]:
             return Path(str(value)).expanduser()
         if kind is str:
             return str(value)
-        if sized:
-            number: int | float = parse_size(str(value))
+        if name == "kv_cache_memory":
+            number = parse_memory(str(value))
+        elif name.endswith("_bytes"):
+            number = parse_size(str(value))
         else:
             number = _number(kind, str(value))
         if number < 0 or (number == 0 and name not in MAY_BE_ZERO):

@@ -1,6 +1,5 @@
 """`POST /v1/responses`: a conversation in OpenAI's newer form. Nothing is stored."""
 
-import re
 import time
 import uuid
 from functools import partial
@@ -12,7 +11,7 @@ from api.generation import Generation, respond
 from api.intake import IncomingRequest, validated
 from api.openapi import described
 from api.schemas import ResponsesRequest
-from api.wire import priority, responses_input, sampling_params
+from api.wire import name_in_input, priority, responses_input, sampling_params
 from vlm_serve.errors import InputError
 from vlm_serve.types import ChatInput, SamplingParams
 
@@ -38,7 +37,7 @@ async def create_response(call: IncomingRequest) -> Response:
             )
         )
     except InputError as error:
-        error.param = _as_written(error.param, len(chat.messages) - len(asked.input))
+        name_in_input(error, asked, chat)
         raise
     generation = Generation([run], state, call.record, call.identity)
     writer = ResponseWriter(asked, run, state.base, int(time.time()))
@@ -48,14 +47,3 @@ async def create_response(call: IncomingRequest) -> Response:
 def _parse(body: bytes, *, max_images: int) -> tuple[ResponsesRequest, ChatInput, SamplingParams]:
     asked = validated(ResponsesRequest, body)
     return asked, responses_input(asked, max_images=max_images), sampling_params(asked)
-
-
-def _as_written(param: str | None, before: int) -> str | None:
-    """A place in the conversation's messages as one in `input`, which has no `before` instructions at its front."""
-    if param is None or not param.startswith("messages"):
-        return param
-    return re.sub(
-        r"^messages(?:\[(\d+)\])?",
-        lambda match: f"input[{int(match.group(1)) - before}]" if match.group(1) else "input",
-        param,
-    )

@@ -90,6 +90,13 @@ class ResponsesRequest(GenerationRequest):
 
     @model_validator(mode="before")
     @classmethod
+    def _has_no_tools(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("tools"):
+            raise ValueError("'tools' are not served here. Send functions to /v1/chat/completions.")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
     def _text_is_a_message(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("input"), str):
             return value | {"input": [{"role": "user", "content": value["input"]}]}

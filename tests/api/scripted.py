@@ -126,6 +126,8 @@ class ScriptedRun:
 class ScriptedLLM:
     def __init__(self) -> None:
         self.models = (BASE, ADAPTER)
+        self.adapter_slots = 4
+        self.engine_restarts = 0
         self.steps: list[Callable[[StepOutput], None]] = []
         self.reset()
 
@@ -144,6 +146,12 @@ class ScriptedLLM:
 
     def on_step(self, callback: Callable[[StepOutput], None]) -> None:
         self.steps.append(callback)
+
+    def on_image(self, callback: Callable[[float, float], None]) -> None:
+        """No image is decoded here."""
+
+    def on_adapters(self, callback: Callable[[float], None]) -> None:
+        """No adapter is read here."""
 
     async def chat(
         self,

@@ -17,6 +17,7 @@ from vlm_serve.errors import CorruptImageError, EngineDeadError, RequestFailedEr
 from vlm_serve.types import EngineStats, FinishReason, StepOutput, TokenLogprobs
 
 STOP = FinishReason.STOP
+CHAT = "/v1/chat/completions"
 
 
 def streamed(scripted: Scripted, path: str, body: dict[str, Any]) -> list[Any]:
@@ -95,6 +96,24 @@ def test_prompt_logprobs_have_vllms_form(scripted: Scripted) -> None:
     assert scripted.chat(prompt_logprobs=2).json()["prompt_logprobs"] == expected
     body = {"model": "base", "prompt": "x", "prompt_logprobs": 2}
     assert scripted.http.post("/v1/completions", json=body).json()["choices"][0]["prompt_logprobs"] == expected
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_token_of_no_probability_has_openais_number_for_it(scripted: Scripted, stream: bool) -> None:
+    """As an image's placeholder may be, which is no word of the model's."""
+    scripted.llm.script = Script(prompt_logprobs=(logprobs((9, -math.inf), (2, -0.5), rank=301),) * 6)
+    body: dict[str, Any] = {"model": "base", "prompt": "abcdefg", "echo": True, "logprobs": 1, "prompt_logprobs": 1}
+    if stream:
+        chat_part = next(
+            part for part in streamed(scripted, CHAT, text_body(prompt_logprobs=1)) if "prompt_logprobs" in part
+        )
+        choice = streamed(scripted, "/v1/completions", body)[0]["choices"][0]
+    else:
+        chat_part = scripted.chat(prompt_logprobs=1).json()
+        choice = complete(scripted, **body).json()["choices"][0]
+    for found in (chat_part["prompt_logprobs"], choice["prompt_logprobs"]):
+        assert found[1]["9"] == {"logprob": -9999.0, "rank": 301, "decoded_token": "j"}
+    assert choice["logprobs"]["token_logprobs"][1] == choice["logprobs"]["top_logprobs"][1]["j"] == -9999.0
 
 
 def test_the_stop_string_that_ended_an_answer_is_told(scripted: Scripted) -> None:
@@ -290,6 +309,13 @@ def test_what_a_response_would_need_a_memory_for_is_refused(scripted: Scripted, 
     assert next(iter(fields)) in (response.json()["error"]["param"] or response.json()["error"]["message"])
 
 
+def test_a_response_refuses_tools_by_name_and_says_where_they_are_served(scripted: Scripted) -> None:
+    tools = [{"type": "function", "name": "f", "parameters": {}}]
+    error = scripted.http.post("/v1/responses", json={"model": "base", "input": "x", "tools": tools}).json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", "tools")
+    assert error["message"] == "'tools' are not served here. Send functions to /v1/chat/completions."
+
+
 def test_what_changes_nothing_in_a_response_is_accepted(scripted: Scripted) -> None:
     fields = {
         "store": False, "previous_response_id": None, "metadata": {"a": "b"}, "tools": [], "include": [],
@@ -349,7 +375,8 @@ generation_tokens_total request_success_total time_to_first_token_seconds_count 
 request_time_per_output_token_seconds_count e2e_request_latency_seconds_count request_queue_time_seconds_count
 request_prefill_time_seconds_count request_decode_time_seconds_count request_prompt_tokens_count
 request_generation_tokens_count iteration_tokens_total_count encoder_batch_images_count encoder_seconds_count
-kv_waste_ratio spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total""".split()
+kv_waste_ratio spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total engine_restarts_total
+image_decode_seconds_count image_preprocess_seconds_count adapter_load_seconds_count""".split()
 
 
 def test_every_name_that_dashboards_read_is_there(scripted: Scripted) -> None:
@@ -381,7 +408,8 @@ def _lora(scripted: Scripted) -> str:
 
 
 def test_tenants_past_the_bound_share_a_label() -> None:
-    metrics = Metrics(EngineStats, "base", tenants=[f"t{number}" for number in range(MAX_TENANTS + 2)])
+    tenants = [f"t{number}" for number in range(MAX_TENANTS + 2)]
+    metrics = Metrics(EngineStats, lambda: 0, "base", adapter_slots=8, tenants=tenants)
     for tenant in ("t0", f"t{MAX_TENANTS}", f"t{MAX_TENANTS + 1}", "forged"):
         metrics.request("", tenant).admitted(7)
     text = metrics.exposition().decode()

@@ -136,6 +136,7 @@ def test_an_error_of_the_engine_becomes_its_status(
 
 
 def test_a_full_queue_says_when_to_come_back(scripted: Scripted) -> None:
+    """Row 17 of engines.md: 429 with Retry-After."""
     scripted.llm.script = Script(refuse=errors.OverloadedError("Full."))
     assert int(scripted.chat().headers["Retry-After"]) >= 1
 

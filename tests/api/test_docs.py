@@ -33,10 +33,12 @@ def for_the_test(served: Served, example: str) -> str:
 
 def test_the_examples_in_python_run(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, Any] = {"__name__": "docs"}
-    for example in blocks("python"):
-        exec(compile(for_the_test(served, example), "docs/api.md", "exec"), namespace)
+    try:
+        for example in blocks("python"):
+            exec(compile(for_the_test(served, example), "docs/api.md", "exec"), namespace)
+    finally:  # left open by an example that fails, it would fail another test
+        namespace["client"].close()
     out = capsys.readouterr().out
-    namespace["client"].close()
     assert "Not for diagnostic use." in out
     assert "find_prior" in out
 

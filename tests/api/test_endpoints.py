@@ -9,6 +9,7 @@ import pytest
 
 from tests.api.conftest import Served
 from tests.api.test_fields import PROMPT, Finding, both, ids_of
+from tests.api.test_served import data_url, png
 
 
 @both
@@ -52,6 +53,33 @@ def test_completions_logprobs_cover_the_echoed_prompt(served: Served, stream: bo
     assert all(1 <= len(top) <= 3 for top in tops[1:])  # two tokens may be written alike
 
 
+@both
+def test_completions_take_the_fields_of_a_chat(served: Served, stream: bool) -> None:
+    def completed(**fields: Any) -> tuple[list[str], Any]:
+        """The text of each answer, and the usage."""
+        asked: dict[str, Any] = {"model": "tiny", "prompt": "No effusion", "max_tokens": 6} | fields
+        if not stream:
+            whole = served.client.completions.create(**asked)
+            return [choice.text for choice in whole.choices], whole.usage
+        texts, usage = {}, None
+        for part in served.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+            usage = part.usage or usage
+            for choice in part.choices:
+                texts[choice.index] = texts.get(choice.index, "") + choice.text
+        return [texts[index] for index in sorted(texts)], usage
+
+    further: dict[str, Any] = {"ignore_eos": True, "priority": "stat", "request_id": "order-2026-12"}
+    several, usage = completed(n=2, best_of=2, seed=5, temperature=1.5, extra_body=further)
+    alone = [completed(seed=5 + index, temperature=1.5, extra_body=further)[0][0] for index in range(2)]
+    assert several == alone
+    assert usage.completion_tokens == 12
+    nine = {"allowed_token_ids": ids_of(served, "9")[1:], "ignore_eos": True}
+    assert completed(stop="999", extra_body=nine)[0] == [""]
+    assert completed(extra_body={"guided_choice": ["mass"], "priority": 3})[0] == ["mass"]
+    assert completed(extra_body={"response_format": {"type": "json_object"}})[0][0].lstrip().startswith("{")
+    assert completed(extra_body={"truncate_prompt_tokens": 2})[1].prompt_tokens == 2
+
+
 def test_embeddings_have_norm_one_in_both_formats(served: Served) -> None:
     inputs = ["No effusion", "The chest radiograph"]
     plain = served.client.embeddings.create(model="tiny", input=inputs, encoding_format="float")
@@ -92,8 +120,40 @@ def test_a_response_streamed_is_the_whole_response(served: Served) -> None:
 
 
 def test_a_response_is_parsed_into_a_model(served: Served) -> None:
-    found = served.client.responses.parse(model="tiny", input=PROMPT, text_format=Finding, temperature=0)
+    asked: dict[str, Any] = {"model": "tiny", "input": PROMPT, "text_format": Finding, "temperature": 0}
+    found = served.client.responses.parse(**asked)
     assert isinstance(found.output_parsed, Finding)
+    with served.client.responses.stream(**asked) as stream:
+        assert stream.get_final_response().output_parsed == found.output_parsed
+
+
+@both
+def test_a_response_takes_an_image_and_tells_its_logprobs(served: Served, stream: bool) -> None:
+    part = {"type": "input_image", "image_url": data_url(png(), "image/png")}
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": PROMPT}, part]}],
+        "max_output_tokens": 4,
+        "top_logprobs": 2,
+        "include": ["message.output_text.logprobs"],
+        "extra_body": {"ignore_eos": True, "priority": "stat"},
+    }
+    if stream:
+        *_, last = served.client.responses.create(**asked, stream=True)
+        response = last.response
+    else:
+        response = served.client.responses.create(**asked)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert response.model_extra["x_vlm_serve"]["images"][0]["media_type"] == "image/png"
+    logprobs = response.output[0].content[0].logprobs
+    assert [len(entry.top_logprobs) for entry in logprobs] == [2] * 4
+
+
+def test_a_response_is_json_where_that_is_asked_for(served: Served) -> None:
+    response = served.client.responses.create(
+        model="tiny", input=PROMPT, text={"format": {"type": "json_object"}}, max_output_tokens=4
+    )
+    assert response.output_text.lstrip().startswith("{")
 
 
 def test_tokens_there_and_back(served: Served) -> None:

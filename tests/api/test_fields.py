@@ -12,6 +12,7 @@ import pydantic
 import pytest
 
 from tests.api.conftest import Served
+from tests.api.test_served import asking, image_part, png
 
 PROMPT = "Is there a mass in the left upper lobe?"
 MESSAGES: Any = [{"role": "user", "content": PROMPT}]
@@ -58,9 +59,10 @@ def put_together(chunks: Iterable[Any]) -> SimpleNamespace:
 
 
 EXTRA = frozenset(
-    "top_k min_p repetition_penalty min_tokens stop_token_ids bad_words allowed_token_ids prompt_logprobs ignore_eos "
-    "truncate_prompt_tokens priority request_id structured_outputs guided_choice include_stop_str_in_output "
-    "skip_special_tokens add_generation_prompt continue_final_message chat_template_kwargs".split()
+    "top_k min_p repetition_penalty min_tokens stop_token_ids bad_words allowed_token_ids prompt_logprobs "
+    "ignore_eos truncate_prompt_tokens priority request_id structured_outputs guided_choice guided_regex "
+    "guided_grammar guided_json include_stop_str_in_output skip_special_tokens add_generation_prompt "
+    "continue_final_message chat_template_kwargs".split()
 )
 """Fields that are not OpenAI's own."""
 
@@ -122,6 +124,30 @@ def test_prompt_logprobs_have_an_entry_for_each_token_but_the_first(served: Serv
 
 
 @both
+def test_the_logprobs_of_an_image_request_are_sound_json(served: Served, stream: bool) -> None:
+    """An entry for each of the image's placeholders, too."""
+    messages = asking(image_part(png(), "image/png"))
+    body = {"model": "tiny", "messages": messages, "prompt_logprobs": 1, "logprobs": True, "max_tokens": 2}
+    body |= {"stream": stream, "temperature": 0}
+    told = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).text
+    texts = [line.removeprefix("data: ") for line in told.split("\n\n") if "{" in line] if stream else [told]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    parts = [json.loads(text, parse_constant=refuse) for text in texts]
+    (found,) = [part["prompt_logprobs"] for part in parts if "prompt_logprobs" in part]
+    (usage,) = {part["usage"]["prompt_tokens"] for part in parts if part.get("usage")} or {len(found)}
+    assert len(found) == usage
+    entries = [entry for position in found[1:] for entry in position.values()]
+    assert all(-9999 <= entry["logprob"] <= 0 and entry["rank"] >= 1 for entry in entries)
+    placeholders = [
+        position for position in found[1:] if "<image>" in {one["decoded_token"] for one in position.values()}
+    ]
+    assert len(placeholders) == 16
+
+
+@both
 def test_a_token_that_bias_forbids_does_not_come(served: Served, stream: bool) -> None:
     plain = chat(served, logprobs=True, ignore_eos=True)
     first = ids_of(served, plain.choices[0].logprobs.content[0].token)[-1]
@@ -159,6 +185,16 @@ def test_min_p_of_one_is_greedy(served: Served) -> None:
     same: dict[str, Any] = {"seed": 3, "ignore_eos": True}
     assert text(chat(served, temperature=1.5, min_p=1.0, **same)) == text(chat(served, **same))
     assert text(chat(served, temperature=1.5, top_k=1, **same)) == text(chat(served, **same))
+    assert text(chat(served, temperature=1.5, top_p=1e-9, **same)) == text(chat(served, **same))
+
+
+def test_either_name_limits_an_answer(served: Served) -> None:
+    for limit in ("max_tokens", "max_completion_tokens"):
+        answer = served.client.chat.completions.create(
+            model="tiny", messages=MESSAGES, extra_body={limit: 5, "ignore_eos": True}
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 5
 
 
 @both
@@ -201,9 +237,14 @@ class Finding(pydantic.BaseModel):
 
 def test_a_pydantic_model_of_the_official_client_is_filled(served: Served) -> None:
     answer = served.client.chat.completions.parse(
-        model="tiny", messages=MESSAGES, response_format=Finding, max_tokens=64, temperature=0
+        model="tiny", messages=MESSAGES, response_format=Finding, max_tokens=512, temperature=0
     )
-    assert isinstance(answer.choices[0].message.parsed, Finding)
+    parsed = answer.choices[0].message.parsed
+    assert isinstance(parsed, Finding)
+    with served.client.chat.completions.stream(
+        model="tiny", messages=MESSAGES, response_format=Finding, max_tokens=512, temperature=0
+    ) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
 
 
 @both
@@ -217,7 +258,7 @@ def test_a_pydantic_model_of_the_official_client_is_filled(served: Served) -> No
     ids=["response_format", "structured_outputs", "a schema as text"],
 )
 def test_an_answer_follows_its_schema(served: Served, fields: dict[str, Any], stream: bool) -> None:
-    assert json.loads(text(chat(served, **fields, max_tokens=64, stream=stream)))["side"] in ("left", "right")
+    assert json.loads(text(chat(served, **fields, max_tokens=512, stream=stream)))["side"] in ("left", "right")
 
 
 @pytest.mark.parametrize(
@@ -227,16 +268,21 @@ def test_an_answer_follows_its_schema(served: Served, fields: dict[str, Any], st
         ({"structured_outputs": {"regex": "(ab){2}"}}, {"abab"}),
         ({"structured_outputs": {"grammar": 'start: "left" | "right"'}}, {"left", "right"}),
         ({"guided_choice": ["mass", "no mass"]}, {"mass", "no mass"}),
+        ({"guided_regex": "(ab){2}"}, {"abab"}),
+        ({"guided_grammar": 'start: "left" | "right"'}, {"left", "right"}),
+        ({"guided_json": {"const": 7}}, {"7"}),
     ],
-    ids=["choice", "regex", "grammar", "guided_choice"],
+    ids=["choice", "regex", "grammar", "guided_choice", "guided_regex", "guided_grammar", "guided_json"],
 )
 def test_an_answer_follows_its_structure(served: Served, fields: dict[str, Any], good: set[str]) -> None:
     assert text(chat(served, **fields, max_tokens=32)) in good
 
 
-def test_json_object_gives_an_object(served: Served) -> None:
-    answer = chat(served, response_format={"type": "json_object"}, max_tokens=8)
-    assert text(answer).lstrip().startswith("{")
+@pytest.mark.parametrize(
+    "fields", [{"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}], ids=str
+)
+def test_json_object_gives_an_object(served: Served, fields: dict[str, Any]) -> None:
+    assert text(chat(served, **fields, max_tokens=8)).lstrip().startswith("{")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +305,7 @@ def test_a_bad_schema_is_a_400(served: Served, fields: dict[str, Any]) -> None:
 def test_a_required_call_is_one_of_a_function_with_arguments_of_its_schema(
     served: Served, choice: Any, stream: bool
 ) -> None:
-    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 80, "parallel_tool_calls": False}
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 512, "parallel_tool_calls": False}
     (one,) = chat(served, stream=stream, **fields).choices
     (call,) = one.message.tool_calls
     assert call.function.name in (["measure"] if isinstance(choice, dict) else ["compare", "measure"])
@@ -313,6 +359,7 @@ def test_a_variable_of_the_template_arrives(served: Served) -> None:
 def test_rows_22_and_23_a_variable_of_the_template_can_neither_replace_nor_forge(
     served: Served, fields: dict[str, Any], param: str
 ) -> None:
+    """Rows 22 and 23 of engines.md."""
     with pytest.raises(openai.BadRequestError) as refusal:
         chat(served, **fields)
     assert refusal.value.param == param

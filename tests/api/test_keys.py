@@ -87,6 +87,7 @@ def test_a_key_of_another_scheme_is_none(keyed: Scripted) -> None:
 
 
 def test_row_16_the_tenant_is_that_of_the_key_whatever_the_client_writes(keyed: Scripted) -> None:
+    """Row 16 of engines.md."""
     headers = {"X-Tenant": "emergency", "OpenAI-Organization": "emergency", "X-Request-Id": "emergency"}
     assert chat(keyed, RADIOLOGY, headers, user="emergency", metadata={"tenant": "emergency"}).status_code == 200
     assert chat(keyed, EMERGENCY).status_code == 200

@@ -1,5 +1,6 @@
 """The document of the API against the server: whatever schemathesis makes of it, no answer is a 5xx."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
 from api.app import create_app
+from api.routes import chat, completions, embeddings, health, metrics, models, responses, tokens
 from tests.api.conftest import Served
 from tests.api.running import as_is, running
 from tests.api.scripted import BASE, HERMES, ScriptedLLM
@@ -67,6 +69,13 @@ def fuzz(operation: tuple[str, str], url: str, kind: GenerationMode, examples: i
         case.validate_response(response, checks=[not_a_server_error])
 
     send()
+
+
+def test_the_document_has_every_endpoint() -> None:
+    """But for the one that Prometheus reads, which takes nothing."""
+    modules = (chat, completions, responses, embeddings, tokens, models, health, metrics)
+    paths = {re.sub(":path", "", route.path) for module in modules for route in module.router.routes}  # type: ignore[attr-defined]
+    assert paths - set(DOCUMENT["paths"]) == {"/metrics"}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation[0])

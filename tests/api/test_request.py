@@ -39,12 +39,12 @@ REFUSED = {
         "messages[0].content[0].texture",
     ),
     "url that is no text": ({"messages": user(picture(7))}, "image_url.url", "messages[0].content[0].image_url.url"),
-    "remote image": (
+    "row 14: a remote image": (
         {"messages": user(picture(f"https://pacs.example/{SECRET}.png"))},
         "Remote images are not fetched. Send the file itself: data:",
         "messages[0].content[0].image_url.url",
     ),
-    "file url": (
+    "row 14: a file's url": (
         {"messages": user(picture(f"file:///{SECRET}"))},
         "Remote images are not fetched",
         "messages[0].content[0].image_url.url",
@@ -173,6 +173,7 @@ REFUSED = {
 def test_a_bad_request_is_a_400_that_names_the_field_and_not_the_value(
     scripted: Scripted, changes: dict[str, Any], message: str, param: str
 ) -> None:
+    """Rows 14 (nothing is fetched) and 23 (sizes are bounded) of engines.md are among them."""
     response = scripted.chat(**changes)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -360,6 +361,14 @@ def test_a_body_without_a_length_is_refused_once_it_passes_the_limit(scripted: S
             client.sendall(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
         assert b"413 " in read_until(client, b"payload_too_large")
     assert scripted.llm.asked == []
+
+
+def test_a_giant_header_is_refused_while_it_comes(scripted: Scripted) -> None:
+    """Row 23 of engines.md."""
+    with connect(scripted.url) as client:
+        client.sendall(post_head()[:-2] + b"X-Giant: " + b"a" * 2**17)  # and it does not end
+        assert b"400 " in read_until(client, b"\r\n")
+    assert scripted.chat().status_code == 200
 
 
 def test_a_body_at_the_limit_is_served(scripted: Scripted) -> None:

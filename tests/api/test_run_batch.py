@@ -13,19 +13,23 @@ from typing import Any
 import httpx
 import pytest
 from pydicom.data import get_testdata_file
+from transformers import PreTrainedTokenizerFast
 
 from api.cli import main
 from api.cli.batch_file import AnswerFile, read_ids
+from api.cli.batch_request import URLS
 from tests.api.conftest import Served
+from tests.checkpoints import CHAT_TEMPLATE, IMAGE_TOKEN, VOCAB_SIZE, make_timm_vlm
 from vlm_serve.errors import InvalidRequestError
 
-CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+CHAT, RESPONSES, COMPLETIONS, EMBEDDINGS = URLS
 FLAGS = ("--dtype", "float32", "--device", "cpu", "--kv-cache-memory", "4MiB")
 CT = Path(str(get_testdata_file("CT_small.dcm")))
 
 
 def line(custom_id: str, url: str, **body: Any) -> dict[str, Any]:
-    greedy = {} if url == EMBEDDINGS else {"temperature": 0, "max_tokens": 6}
+    limit = "max_output_tokens" if url == RESPONSES else "max_tokens"
+    greedy = {} if url == EMBEDDINGS else {"temperature": 0, limit: 6}
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "tiny"} | greedy | body}
 
 
@@ -52,9 +56,12 @@ def bodies(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def comparable(body: dict[str, Any]) -> dict[str, Any]:
-    body = {key: value for key, value in body.items() if key not in ("id", "created")}
+    body = {key: value for key, value in body.items() if key not in ("id", "created", "created_at")}
     if "usage" in body:
-        body["usage"] = {key: value for key, value in body["usage"].items() if key != "prompt_tokens_details"}
+        cached = ("prompt_tokens_details", "input_tokens_details")
+        body["usage"] = {key: value for key, value in body["usage"].items() if key not in cached}
+    for item in body.get("output", ()):
+        del item["id"]
     return body
 
 
@@ -70,6 +77,7 @@ def like(served: Served) -> tuple[str, ...]:
 
 
 IMAGE = {"type": "dicom", "dicom": {"data": base64.b64encode(CT.read_bytes()).decode()}}
+BROKEN = {"type": "dicom", "dicom": {"data": base64.b64encode(CT.read_bytes()[:-2000]).decode()}}
 GOOD = [
     line("chat", CHAT, messages=asking(text="Is there a fracture?"), logprobs=True, top_logprobs=2),
     line("image", CHAT, messages=asking(IMAGE), model="thorax"),
@@ -77,6 +85,8 @@ GOOD = [
     line("text", COMPLETIONS, prompt="The chest", echo=True, logprobs=1, prompt_logprobs=1),
     line("texts", COMPLETIONS, prompt=["The heart", "No effusion"], n=2, temperature=1.0, seed=5),
     line("tokens", COMPLETIONS, prompt=[1, 50, 51]),
+    line("response", RESPONSES, input="Is there a fracture?", instructions="Be brief."),
+    line("response about an image", RESPONSES, input=[{"role": "user", "content": [IMAGE]}]),
     line("vectors", EMBEDDINGS, input=["The heart", "clear lungs"]),
     line("vector", EMBEDDINGS, input="The heart", encoding_format="base64"),
 ]
@@ -85,6 +95,7 @@ BAD = [
     line("unknown field", CHAT, messages=asking(text="No"), temprature=0),
     line("out of range", COMPLETIONS, prompt="No", temperature=3.0),
     line("no image", CHAT, messages=asking({"type": "dicom", "dicom": {"data": "AAAA"}})),
+    line("no image of a response", RESPONSES, input=[{"role": "user", "content": [BROKEN]}], instructions="Be brief."),
     line("too long", CHAT, messages=asking(text="word " * 600)),
     line("bad schema", COMPLETIONS, prompt="No", guided_json={"type": "nothing"}),
     line("dimensions", EMBEDDINGS, input="No", dimensions=3),
@@ -98,6 +109,7 @@ def answered(served: Served, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("batch")
     others = [
         line("a stream", CHAT, messages=asking(text="No"), stream=True),
+        line("a stream of events", RESPONSES, input="No", stream=True),
         line("no such url", "/v1/files"),
         line("a GET", CHAT, messages=asking(text="No")) | {"method": "GET"},
         {"custom_id": "nothing else"},
@@ -158,6 +170,7 @@ def test_what_a_batch_cannot_do_is_an_error_that_names_the_field(answered: tuple
     found = answers(answered[0])
     for name, param in (
         ("a stream", "stream"),
+        ("a stream of events", "stream"),
         ("no such url", "url"),
         ("a GET", "method"),
         ("nothing else", "method"),
@@ -170,7 +183,7 @@ def test_the_lines_of_the_output_are_in_openais_form(answered: tuple[Path, int])
     out, status = answered
     found = answers(out)
     assert status == 1  # some have an error
-    assert len(found) == len(GOOD) + len(BAD) + 4
+    assert len(found) == len(GOOD) + len(BAD) + 5
     ids = set()
     for one in found.values():
         assert set(one) == {"id", "custom_id", "response", "error"}
@@ -179,6 +192,24 @@ def test_the_lines_of_the_output_are_in_openais_form(answered: tuple[Path, int])
         assert one["id"].startswith("batch_req_")
         ids |= {one["id"], one["response"]["request_id"]}
     assert len(ids) == 2 * len(found)
+
+
+def test_placeholders_that_are_no_words_of_the_model_have_the_least_logprob(tmp_path: Path) -> None:
+    """As the embedded default has them, one past its vocabulary."""
+    folder = tmp_path / "tiny"
+    make_timm_vlm(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(IMAGE_TOKEN, "<picture>")
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"image_token_id": VOCAB_SIZE}
+    (folder / "config.json").write_text(json.dumps(config))
+    source = write(tmp_path / "in.jsonl", [line("image", CHAT, messages=asking(IMAGE), prompt_logprobs=1)])
+    out = tmp_path / "out.jsonl"
+    assert main(["run-batch", *FLAGS, "--model", str(folder), str(source), str(out)]) == 0
+    found = answers(out)["image"]["response"]["body"]["prompt_logprobs"]
+    placeholders = [position[str(VOCAB_SIZE)] for position in found[1:] if str(VOCAB_SIZE) in position]
+    assert placeholders == [{"logprob": -9999.0, "rank": VOCAB_SIZE + 1, "decoded_token": "<picture>"}] * 16
 
 
 LONG = [

@@ -174,6 +174,7 @@ def test_an_unknown_model_is_not_found(served: Served) -> None:
 
 
 def test_the_placeholder_typed_as_text_is_not_an_image(served: Served) -> None:
+    """Row 22 of engines.md: image tokens typed as text."""
     answer = served.ask(asking(text="<image> <image>"))
     assert answer.usage.completion_tokens > 0
     assert "x_vlm_serve" not in (answer.model_extra or {})
@@ -238,6 +239,7 @@ def test_chat_without_a_server_loads_the_model_itself(
 
 
 def test_serve_prints_its_phases_and_a_curl_line_and_ends_on_sigterm(checkpoint: tuple[Path, Path]) -> None:
+    """Row 19 of engines.md: what a start takes is measured and told."""
     folder, adapters = checkpoint
     command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", "--model", str(folder), "--dtype", "float32"]
     options = ["--adapters", str(adapters), "--kv-cache-memory", "4MiB", "--max-model-len", "256"]
@@ -260,6 +262,16 @@ def test_serve_prints_its_phases_and_a_curl_line_and_ends_on_sigterm(checkpoint:
     assert "model=thorax" in log
     assert "Traceback" not in log
     assert "Compare" not in log
+
+
+def test_a_share_of_a_cpus_memory_is_refused_with_the_remedy(
+    checkpoint: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(checkpoint[0]), "--dtype", "float32", "--device", "cpu", "--kv-cache-memory", "80%"]
+    assert main(["serve", "--port", "0", *words]) == 1
+    captured = capsys.readouterr()
+    assert "on a CPU give bytes, such as 2GiB" in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_a_model_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from api.cli.settings import SHIPPED_ADAPTER, load_settings, parse_size, settings_table
+from api.cli.settings import SHIPPED_ADAPTER, load_settings, parse_memory, parse_size, settings_table
 from vlm_serve.config import GIB, MIB, Settings
 from vlm_serve.errors import ConfigurationError
 from vlm_serve.lora.store import AdapterStore
@@ -76,6 +76,41 @@ def test_every_default_can_be_written_out_and_read_back(setting: object) -> None
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("0.8", 0.8),
+        ("80%", 0.8),
+        ("12.5 %", 0.125),
+        (".5", 0.5),
+        ("1.0", 1.0),
+        ("100%", 1.0),
+        ("1", 1),
+        ("0.5GiB", GIB // 2),
+        ("4096", 4096),
+    ],
+)
+def test_memory_is_bytes_or_a_share(text: str, memory: float) -> None:
+    found = parse_memory(text)
+    assert (type(found), found) == (type(memory), memory)
+
+
+@pytest.mark.parametrize("text", ["0.0", "0%", "1.5", "120%", "-0.5", "0.8.1", "%", "80% GiB", "nan"])
+def test_a_share_of_nothing_or_of_more_than_all_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="--kv-cache-memory must be a size such as 2GiB, or on a GPU a share"):
+        load_settings({"engine.kv_cache_memory": text}, {})
+
+
+@pytest.mark.parametrize("written", ["0.8", "80%", '"80%"'])
+def test_a_share_comes_from_the_file_the_environment_and_the_flag_alike(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"engine: {{kv_cache_memory: {written}}}")
+    text = written.strip('"')
+    assert load_settings({}, {}, path).engine.kv_cache_memory == 0.8
+    assert load_settings({}, {"VLM_SERVE_KV_CACHE_MEMORY": text}).engine.kv_cache_memory == 0.8
+    assert load_settings({"engine.kv_cache_memory": text}, {}).engine.kv_cache_memory == 0.8
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_each_window_function_is_the_standards_to_the_grey_level(function: str, 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
 @pytest.mark.parametrize("stored", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
 def test_the_window_applies_to_hounsfield_units_of_signed_and_unsigned_files(stored: np.ndarray, syntax: str) -> None:
+    """Row 21 of engines.md: windowed from the stored values."""
     data = grey_file(stored, syntax, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=50, WindowWidth=350)
     units = stored.astype(np.int64) - 1024
     np.testing.assert_array_equal(grey(data), by_hand(units, "LINEAR", 50, 350))
@@ -255,6 +256,7 @@ def test_rgb_comes_out_as_it_is_stored() -> None:
 
 
 def test_rgb_of_16_bits_is_scaled_not_clipped() -> None:
+    """Row 21 of engines.md."""
     wide = RAMP.astype(np.uint16) * 257
     np.testing.assert_array_equal(decoded(color_file(wide, "RGB")).pixels, RAMP)
 

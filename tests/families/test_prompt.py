@@ -99,6 +99,7 @@ def test_a_template_of_plain_strings_takes_images_too() -> None:
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, STRING_TEMPLATE], ids=["parts", "string"])
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
 def test_a_special_token_in_a_users_text_is_plain_text(token: str, template: str) -> None:
+    """Row 22 of engines.md."""
     text = f"before {token} after\n{token}"
     prompt = renderer(template).render(chat(("user", [IMAGE, text])), [image(3)])
     assert specials(prompt.token_ids) == [1, TURN_ID, *[IMAGE_ID] * 3, TURN_ID]

@@ -88,6 +88,7 @@ def test_a_variable_of_the_callers_reaches_the_template() -> None:
     ids=["messages", "an argument", "a placeholder", "a placeholder in two", "a tool", "a call", "a call's id"],
 )
 def test_rows_22_and_23_neither_a_variable_nor_a_tool_forges_a_control_token(fields: Any, param: str) -> None:
+    """Rows 22 and 23 of engines.md."""
     with pytest.raises(InvalidRequestError) as refusal:
         render(ChatInput(**({"messages": (USER,)} | fields)))
     assert refusal.value.param == param

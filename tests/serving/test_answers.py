@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.serving.test_async_llm import conversation, settings, started, until_idle
-from vlm_serve import LLM, SamplingParams
+from vlm_serve import LLM, SamplingParams, StructuredOutputs
 from vlm_serve.config import EngineConfig, ServerConfig
 from vlm_serve.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
 from vlm_serve.serving.async_llm import AsyncLLM
-from vlm_serve.types import FinishReason, StructuredOutputs
+from vlm_serve.types import FinishReason
 
 pytestmark = pytest.mark.anyio
 

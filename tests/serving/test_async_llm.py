@@ -225,6 +225,7 @@ async def test_what_the_engine_refuses_is_told_before_any_token(llm):
 
 
 async def test_past_the_bound_of_waiting_requests_the_server_says_so(served):
+    """Row 17 of engines.md: an unbounded queue."""
     async with started(settings(served, server=ServerConfig(max_waiting_requests=1))) as llm:
         runs = [
             await llm.chat(conversation(), model="chest", sampling=LONG, request_id=str(index)) for index in range(5)
@@ -254,6 +255,7 @@ async def test_an_id_that_is_in_use_is_refused_and_its_owner_goes_on(llm):
 
 
 async def test_settings_that_do_not_fit_stop_the_start_with_their_remedy(served, tmp_path):
+    """Row 19 of engines.md: memory is planned, and not probed by crashing."""
     too_long = settings(served, engine=EngineConfig(max_model_len=4000, kv_cache_memory=2**20))
     with pytest.raises(ConfigurationError, match="--kv-cache-memory"):
         await AsyncLLM.start(too_long)

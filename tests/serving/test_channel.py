@@ -192,6 +192,7 @@ def test_a_scalar_array_crosses() -> None:
 
 
 def test_objects_do_not_cross_in_either_direction() -> None:
+    """Row 24 of engines.md: pickles on the wire."""
     with pytest.raises(TypeError, match="cannot cross"):
         encode(np.array([{}], dtype=object))
     with pytest.raises(TypeError, match="cannot cross"):

@@ -83,6 +83,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], type[ImageError]]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_soon_while_its_neighbour_is_served(pool: DecodePool, name: str) -> None:
+    """Row 1 of engines.md: files are decoded by several processes, not by threads of the server."""
     make, expected = HOSTILE[name]
     part = ImagePart(make(), "application/dicom")
     before = children()

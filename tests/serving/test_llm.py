@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.checkpoints import make_tokenizer
 from vlm_serve import LLM, SamplingParams
-from vlm_serve.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
+from vlm_serve.errors import ConfigurationError, ContextLengthError, InvalidRequestError, ModelNotFoundError
 from vlm_serve.serving.llm import READ_AHEAD, Job
 from vlm_serve.serving.media import read_conversation
 
@@ -260,6 +260,11 @@ def test_settings_reach_the_engine(served):
         llm.generate(["The chest radiograph shows clear lungs and"] * 2, GREEDY, use_tqdm=False)
         llm.generate(["The chest radiograph shows clear lungs and"] * 2, GREEDY, use_tqdm=False)
         assert llm.engine.stats.prefix_cache_hits == 0
+
+
+def test_a_share_of_a_cpus_memory_is_refused_with_the_remedy(served):
+    with pytest.raises(ConfigurationError, match="on a CPU give bytes, such as 2GiB"):
+        LLM(served.folder, dtype="float32", device="cpu", kv_cache_memory=0.8)
 
 
 def test_a_stream_takes_jobs_as_there_is_room_and_gives_each_its_answer(served):

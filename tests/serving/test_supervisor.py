@@ -5,6 +5,7 @@ one that kills it is found. Row 25 of engines.md: the engine process dies, the s
 import asyncio
 import signal
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -30,7 +31,7 @@ from vlm_serve.errors import (
     RequestFailedError,
 )
 from vlm_serve.serving.async_llm import AsyncLLM
-from vlm_serve.serving.supervisor import RestartPolicy
+from vlm_serve.serving.supervisor import LOOKS, RestartPolicy, Silence
 from vlm_serve.types import FinishReason
 
 pytestmark = pytest.mark.anyio
@@ -101,6 +102,18 @@ def is_stepping(llm: AsyncLLM, *seeds: int):
     return lambda: set(llm._engine._stepping) >= {str(seed) for seed in seeds}
 
 
+async def unless_it_dies_again(llm: AsyncLLM, deaths: int, work):
+    """The result of the work, in which the engine process may die so many times and no more."""
+    allowed, task = llm.engine_restarts + deaths, asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=0.05)
+            assert llm.engine_restarts <= allowed
+        return task.result()
+    finally:
+        task.cancel()
+
+
 async def drain(run) -> None:
     async for _ in run:
         pass
@@ -120,10 +133,11 @@ async def test_killed_under_load_it_is_back_and_only_streams_that_had_begun_are_
     await asyncio.sleep(0)
     with orders.held("loading"):
         kill(llm)
+        await eventually(lambda: not llm.is_ready)
+        assert set(llm._engine._submissions) <= {"1", "2", "3"}  # the streams have ended, and are not run again
         for run in streams:
             with pytest.raises(EngineDeadError, match="while it wrote this answer"):
                 await drain(run)
-        assert not llm.is_ready
         assert llm.stats.num_requests_running == llm.stats.kv_blocks_used == 0
         with pytest.raises(EngineDeadError, match="being started again"):
             await llm.check_health()
@@ -166,7 +180,7 @@ async def test_a_request_that_kills_the_engine_is_found_and_refused_and_its_neig
     restarts = llm.engine_restarts
     async with one_step_for_all(llm, orders):
         first = asyncio.create_task(ask(llm, 31))
-        poisoned = asyncio.create_task(ask(llm, KILL_IN_STEP))
+        poisoned = asyncio.create_task(unless_it_dies_again(llm, 3, ask(llm, KILL_IN_STEP)))
         second = asyncio.create_task(ask(llm, 32))
         await eventually(lambda: len(llm._engine._submissions) == 4)
     await eventually(lambda: llm.engine_restarts > restarts)
@@ -180,7 +194,7 @@ async def test_a_request_that_kills_the_engine_is_found_and_refused_and_its_neig
 async def test_a_request_that_kills_the_engine_before_any_step_is_found_among_streams(llm):
     run = await stream(llm, 41)
     with pytest.raises(PoisonedRequestError):
-        await ask(llm, KILL_WHEN_ADDED)
+        await unless_it_dies_again(llm, 3, ask(llm, KILL_WHEN_ADDED))
     with pytest.raises(EngineDeadError):
         await drain(run)
     await ask(llm, 42)
@@ -190,9 +204,9 @@ async def test_an_idle_engine_suspects_whom_it_dies_over_and_not_whom_it_has_ser
     await ask(llm, 43)
     restarts = llm.engine_restarts
     with pytest.raises(PoisonedRequestError):
-        await ask(llm, KILL_WHEN_ADDED)
-    assert llm.engine_restarts in (restarts + 1, restarts + 2)  # the refusal comes before the last start is done
-    await eventually(lambda: llm.engine_restarts == restarts + 2)
+        await unless_it_dies_again(llm, 2, ask(llm, KILL_WHEN_ADDED))
+    await eventually(lambda: llm.is_ready)  # the refusal comes before the last start is done
+    assert llm.engine_restarts == restarts + 2
 
 
 async def test_a_fault_in_a_step_ends_its_request_and_not_the_process(llm):
@@ -212,7 +226,8 @@ async def test_new_requests_wait_for_the_next_engine_and_only_so_many(llm, order
         with pytest.raises(OverloadedError):
             await ask(llm, 59)
         waiting[1].cancel()  # a client that leaves meanwhile
-        await eventually(lambda: len(llm._engine._submissions) == 7)
+        await asyncio.wait([waiting[1]])
+        assert len(llm._engine._submissions) == 7
         waiting[1] = asyncio.create_task(ask(llm, 59))
         assert not any(task.done() for task in waiting)
     answers = await asyncio.gather(*waiting)
@@ -247,6 +262,43 @@ async def test_an_engine_that_is_killed_when_idle_suspects_nobody(llm, orders):
     orders.forget_steps()
     await asyncio.gather(*(ask(llm, seed) for seed in (71, 72, 73)))
     assert max(len(step) for step in orders.steps) > 1
+
+
+async def test_an_engine_that_hangs_is_killed_and_its_requests_are_run_again(llm, orders):
+    undisturbed, restarts = await ask(llm, HOLD_IN_STEP), llm.engine_restarts
+    with orders.held("step"):
+        with orders.held("loading"):
+            kill(llm)
+            await eventually(lambda: not llm.is_ready)
+            asked = asyncio.create_task(ask(llm, HOLD_IN_STEP))
+            llm._engine._policy = replace(AT_ONCE, longest_silence=0.5)  # for the process that comes now
+        await eventually(lambda: llm.engine_restarts == restarts + 1 and not llm.is_ready)
+        llm._engine._policy = AT_ONCE
+    assert await asked == undisturbed
+    assert llm.engine_restarts == restarts + 2
+
+
+def test_a_process_hangs_if_it_has_work_and_says_nothing_for_as_many_looks():
+    def looks_until_it_hangs(silence: Silence, words: int, *, has_work: bool) -> int | None:
+        return next((look for look in range(1, 99) if silence.is_too_long(words, has_work=has_work)), None)
+
+    silence = Silence()
+    assert looks_until_it_hangs(silence, 7, has_work=False) is None
+    assert looks_until_it_hangs(silence, 7, has_work=True) == LOOKS
+    assert not silence.is_too_long(8, has_work=True)  # a word
+    assert looks_until_it_hangs(silence, 8, has_work=True) == LOOKS
+    assert not any(silence.is_too_long(words, has_work=True) for words in range(9, 99))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_message_that_cannot_be_sent_is_waited_for_by_nobody(llm):
+    """The engine process is replaced, and whoever waits for its answer is told."""
+    restarts = llm.engine_restarts
+    llm._engine._client.send(object())
+    with pytest.raises(EngineDeadError, match="is gone"):
+        await llm.check_health()
+    await ask(llm, 82)
+    assert llm.engine_restarts == restarts + 1
 
 
 async def test_an_engine_process_that_cannot_read_its_channel_is_replaced(llm):

@@ -18,7 +18,7 @@ from vlm_serve.families import load_family, resolve_model
 from vlm_serve.families.base import ModelFamily
 from vlm_serve.families.prompt import ToolFormat
 from vlm_serve.lora.store import AdapterStore
-from vlm_serve.serving.ingest import Ingest, PreparedPrompt
+from vlm_serve.serving.ingest import Ingest, OnImage, PreparedPrompt
 from vlm_serve.serving.messages import Start
 from vlm_serve.serving.run import Run
 from vlm_serve.serving.run import TokenDelta as TokenDelta
@@ -26,7 +26,7 @@ from vlm_serve.serving.run import Usage as Usage
 from vlm_serve.serving.served_model import ServedModel as ServedModel
 from vlm_serve.serving.served_model import served_models
 from vlm_serve.serving.submission import OutputStream
-from vlm_serve.serving.supervisor import OnStep, Supervisor
+from vlm_serve.serving.supervisor import OnSeconds, OnStep, Supervisor
 from vlm_serve.serving.token_bytes import TokenBytes
 from vlm_serve.types import ChatInput, EngineStats, Request, SamplingParams
 
@@ -62,6 +62,7 @@ class AsyncLLM:
         family: ModelFamily,
         models: tuple[ServedModel, ...],
         max_answers: int,
+        adapter_slots: int,
     ) -> None:
         self._engine = engine
         self._ingest = ingest
@@ -71,6 +72,8 @@ class AsyncLLM:
         self._token_bytes = TokenBytes(family.backend_tokenizer)
         self._salt_key = secrets.token_bytes(32)
         self.models = models
+        self.adapter_slots = adapter_slots
+        """How many adapters are on the device at once."""
 
     @classmethod
     async def start(
@@ -109,7 +112,7 @@ class AsyncLLM:
             raise
         models = tuple(served_models(name, folder, family, store, engine.max_model_len))
         limit = settings.engine.max_num_seqs + settings.server.max_waiting_requests
-        return cls(engine, ingest, family, models, limit)
+        return cls(engine, ingest, family, models, limit, settings.engine.max_adapters)
 
     @property
     def stats(self) -> EngineStats:
@@ -134,6 +137,16 @@ class AsyncLLM:
     def on_step(self, callback: OnStep) -> None:
         """`callback` is told of every step of the engine from now on; it must not block."""
         self._engine.on_step(callback)
+
+    def on_image(self, callback: OnImage) -> None:
+        """`callback` is told of every image that is decoded and processed from now on, on a thread of ingest."""
+        self._ingest.on_image(callback)
+
+    def on_adapters(self, callback: OnSeconds) -> None:
+        """`callback` is told the seconds in which each engine process read and checked the adapters, those of the one
+        that is there included.
+        """
+        self._engine.on_adapters(callback)
 
     async def chat(
         self,

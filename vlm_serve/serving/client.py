@@ -6,7 +6,6 @@ import itertools
 import os
 import queue
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +19,6 @@ from vlm_serve.serving.tensors import share_tensors
 from vlm_serve.types import EngineStats
 
 OnPhase = Callable[[str, float], None]
-
-_CLOSE_SECONDS = 5.0
 
 
 class EngineClient:
@@ -94,14 +91,14 @@ class EngineClient:
         finally:
             del self._pings[number]
 
+    def kill(self) -> None:
+        """Ends the process at once, whatever it does; `dead` follows."""
+        self._process.kill()
+
     async def close(self) -> None:
-        """Ends the process and waits until all that it held is free."""
-        self._channel.close()
-        try:
-            await asyncio.to_thread(self._process.wait, _CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+        """Ends the process, which has nothing to save, and waits until all that it held is free."""
+        self.kill()
+        await asyncio.to_thread(self._process.wait)
         self._outbox.put(None)
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
@@ -132,8 +129,7 @@ class EngineClient:
                 message = decode(self._channel.recv()[0], FromEngine)
                 if isinstance(message, Phase):
                     self._on_phase(message.name, message.seconds)
-                else:
-                    self._loop.call_soon_threadsafe(self._take, message)
+                self._loop.call_soon_threadsafe(self._take, message)
         except (ChannelClosedError, OSError):
             pass
         finally:  # whatever ended this thread, nobody may wait for a word that cannot come

@@ -3,7 +3,8 @@ what the sampling parameters say in texts put into token ids. Serves `AsyncLLM` 
 """
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,9 @@ from vlm_serve.errors import ImageError, InvalidRequestError
 from vlm_serve.families.base import ModelFamily, Prompt
 from vlm_serve.serving.decode_pool import DecodePool
 from vlm_serve.types import ChatInput, ImageInputs, ImagePart, Request, SamplingParams
+
+OnImage = Callable[[float, float], None]
+"""Told of each image the seconds in which its file was decoded, and those in which its pixels were processed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,11 @@ class Ingest:
         self._pool = DecodePool(config)
         self._pool.start()
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="ingest")
+        self._on_image: list[OnImage] = []
+
+    def on_image(self, callback: OnImage) -> None:
+        """`callback` is told of every image from now on, on the thread that processed it."""
+        self._on_image.append(callback)
 
     def prepare(self, chat: ChatInput) -> PreparedPrompt:
         """Blocks until the images are decoded and processed and the chat template is rendered."""
@@ -148,12 +157,17 @@ class Ingest:
 
     def _process(self, image: tuple[str, ImagePart]) -> tuple[ImageInputs, ImageReceipt]:
         place, part = image
+        began = time.perf_counter()
         try:
             decoded = self._pool.decode(part)
         except ImageError as error:
             error.param = place
             raise
-        return self._family.process_image(decoded), decoded.receipt
+        has_pixels = time.perf_counter()
+        inputs = self._family.process_image(decoded)
+        for told in self._on_image:
+            told(has_pixels - began, time.perf_counter() - has_pixels)
+        return inputs, decoded.receipt
 
     def _render(self, chat: ChatInput, images: list[tuple[ImageInputs, ImageReceipt]]) -> PreparedPrompt:
         prompt = self._family.render_chat(chat, [inputs for inputs, _ in images])

@@ -76,7 +76,7 @@ class LLM:
         block_size: tokens in a block of the KV cache.
         adapters: a directory of PEFT folders; `adapter=NAME` in a call asks for one.
         device: `auto`, `cpu` or `cuda`.
-        kv_cache_memory: bytes.
+        kv_cache_memory: bytes; on a GPU also a share of what the weights leave free, as a float such as 0.8.
         **engine: further fields of `EngineConfig`.
 
     Raises:
@@ -94,7 +94,7 @@ class LLM:
         block_size: int = DEFAULTS.block_size,
         adapters: str | Path | None = None,
         device: str = "auto",
-        kv_cache_memory: int | None = None,
+        kv_cache_memory: int | float | None = None,
         ingest: IngestConfig | None = None,
         on_phase: Callable[[str, float], None] = lambda name, seconds: None,
         **engine: Any,

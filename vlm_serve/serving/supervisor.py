@@ -1,7 +1,8 @@
 """`Supervisor`: an engine process that is started again when it dies, and the requests that outlive it.
 
 A request that has streamed nothing is run again. Those that were in the step that the process died in are suspects:
-they run one at a time, so that the one that ends the process is found and refused, and its neighbours finish.
+they run one at a time, so that the one that ends the process is found and refused, and its neighbours finish. A process
+that hangs is killed.
 """
 
 import asyncio
@@ -22,13 +23,14 @@ from vlm_serve.errors import (
     VlmServeError,
 )
 from vlm_serve.serving.client import EngineClient, OnPhase
-from vlm_serve.serving.messages import Abort, Add, Admitted, FromEngine, Pong, Refused, Start, Step, Stepping
+from vlm_serve.serving.messages import Abort, Add, Admitted, FromEngine, Phase, Pong, Refused, Start, Step, Stepping
 from vlm_serve.serving.submission import OutputStream, Submission
 from vlm_serve.types import EngineStats, FinishReason, Request, StepOutput
 
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[StepOutput], None]
+OnSeconds = Callable[[float], None]
 
 GONE = "The engine has stopped and does not come up again. The operator has to start the server again."
 RESTARTING = "The engine has stopped and is being started again. Try again in a moment."
@@ -38,11 +40,15 @@ POISONED = "The engine stopped twice while it ran this request alone; it is not 
 
 MAX_DEATHS_ALONE = 2
 
+LOOKS = 10
+"""Within `longest_silence`, at a process that may hang."""
+
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """How often a process that dies is started again. Seconds.
+    """When a process is given up, and how often it is started again. Seconds.
 
+    One that has work and says nothing for `longest_silence` hangs; a step of a large model on a CPU may take minutes.
     The first death within `window` is mended at once; each further one after a pause that doubles from `first_pause` to
     `longest_pause`. After `max_failed_starts` in a row that do not come up there is no other.
     """
@@ -51,10 +57,32 @@ class RestartPolicy:
     first_pause: float = 1.0
     longest_pause: float = 30.0
     max_failed_starts: int = 5
+    longest_silence: float = 300.0
 
     def pause(self, deaths: int) -> float:
         """Before the start that follows so many deaths within the window."""
         return 0.0 if deaths < 2 else min(self.longest_pause, self.first_pause * 2.0 ** min(deaths - 2, 16))
+
+
+class Silence:
+    """How long a process that has work has said nothing, in looks at it and not by the clock: time in which the whole
+    machine was stopped is not held against it.
+    """
+
+    def __init__(self) -> None:
+        self._looks = 0
+        self._words = -1
+
+    def is_too_long(self, words: int, *, has_work: bool) -> bool:
+        """Whether this look is one too many.
+
+        Args:
+            words: how many the process has said until now. Those said to it do not count: under load there are always
+                some.
+        """
+        self._looks = self._looks + 1 if has_work and words == self._words else 0
+        self._words = words
+        return self._looks >= LOOKS
 
 
 class Supervisor:
@@ -72,7 +100,11 @@ class Supervisor:
         """Of the process that is there and loaded."""
         self._submissions: dict[str, Submission] = {}
         self._stepping: tuple[str, ...] = ()
+        self._words = 0
+        """How many messages the process has sent."""
         self._on_step: list[OnStep] = []
+        self._on_adapters: list[OnSeconds] = []
+        self._adapter_loads: list[float] = []
         self._end: str | None = None
         """Why no request is taken any more."""
         self.max_model_len = 0
@@ -105,6 +137,12 @@ class Supervisor:
     def on_step(self, callback: OnStep) -> None:
         """`callback` is told of every step from now on."""
         self._on_step.append(callback)
+
+    def on_adapters(self, callback: OnSeconds) -> None:
+        """`callback` is told the seconds in which each process read and checked the adapters, those of now included."""
+        self._on_adapters.append(callback)
+        for seconds in self._adapter_loads:
+            callback(seconds)
 
     async def submit(self, request: Request) -> OutputStream:
         """Queues a request; returns once the engine has admitted it. Without an engine it waits for the next.
@@ -149,7 +187,7 @@ class Supervisor:
         try:
             while True:
                 try:
-                    await client.dead.wait()
+                    await self._until_dead(client)
                     self._mourn()
                 finally:
                     self._client = None
@@ -163,6 +201,20 @@ class Supervisor:
                 self._dispatch()
         finally:
             self._give_up(GONE)
+
+    async def _until_dead(self, client: EngineClient) -> None:
+        """Waits for the process to die; one that hangs is killed."""
+        silence = Silence()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(client.dead.wait(), self._policy.longest_silence / LOOKS)
+                return
+            has_work = any(submission.is_sent for submission in self._submissions.values())
+            if silence.is_too_long(self._words, has_work=has_work):
+                logger.error("The engine process has work and says nothing. It is killed.")
+                client.kill()
+                await client.dead.wait()
+                return
 
     async def _start_again(self, deaths: deque[float]) -> EngineClient | None:
         """The next process; None if none comes up any more. `deaths` is when the earlier ones died."""
@@ -181,7 +233,12 @@ class Supervisor:
         return None
 
     def _take(self, message: FromEngine) -> None:
+        self._words += 1
         match message:
+            case Phase(name, seconds) if name.startswith("adapters (") and self._start.adapters:
+                self._adapter_loads.append(seconds)
+                for told in self._on_adapters:
+                    told(seconds)
             case Step(output):
                 self.stats = output.stats
                 for one in output.outputs:
