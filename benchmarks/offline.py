@@ -119,7 +119,7 @@ def where_a_step_goes(engine: Engine, prompts: list[Prompt], steps: int = 10) ->
             engine.step()
     for index in range(len(prompts)):
         engine.abort(f"profile-{index}")
-    kinds = {"linear": ("linear", "mm", "gemm"), "attention": ("paged_attention",), "cache write": ("write_kv",)}
+    kinds = {"linear": ("linear", "panel", "mm", "gemm"), "attention": ("paged_attention",), "cache write": ("write_kv",)}
     kinds["norm"] = ("rms_norm",)
     shares: dict[str, float] = {}
     for event in profiler.key_averages():

@@ -41,6 +41,16 @@ def test_the_norm_agrees_with_the_reference(dtype: torch.dtype, shape: tuple[int
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 576), (5, 62), (2, 3, 7), (300, 96), (0, 16)], ids=str)
+def test_an_addition_with_its_norm_is_to_the_bit_what_the_two_are(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, stream, weight = (torch.randn(size).to(dtype) for size in (shape, shape, shape[-1:]))
+    expected = stream + x
+    out = dispatch.add_rms_norm(x, stream, weight, 1e-5)
+    assert torch.equal(stream, expected)
+    assert torch.equal(out, dispatch.rms_norm(expected, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3072), (5, 62), (300, 96), (0, 16)], ids=str)
 def test_the_gated_activation_agrees_with_the_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     check(dispatch.silu_and_mul, activation.silu_and_mul, dtype, 3 * torch.randn(shape))

@@ -63,15 +63,27 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        update: torch.Tensor | None,
+        stream: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         context: ForwardContext,
         outputs: Outputs | None = None,
-    ) -> torch.Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden), rotation, context, outputs)
-        hidden = attended + (hidden if outputs is None else hidden[outputs.index])
-        adapters = (outputs or context).adapters
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), adapters)  # type: ignore[no-any-return]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each norm adds what came before it to the stream, in place; what the layer adds last is left to the next one.
+
+        Args:
+            update: `[T, hidden_size]`, what the layer before is still to add; None for the first.
+            stream: `[T, hidden_size]`.
+
+        Returns:
+            What this layer is still to add, and the stream: `[T, hidden_size]`, or `[n, hidden_size]` of `outputs`.
+        """
+        x = self.input_layernorm(stream) if update is None else self.input_layernorm.add(update, stream)
+        attended = self.self_attn(x, rotation, context, outputs)
+        if outputs is not None:
+            stream = stream[outputs.index]
+        x = self.post_attention_layernorm.add(attended, stream)
+        return self.mlp(x, (outputs or context).adapters), stream
 
 
 class Decoder(nn.Module):
@@ -99,15 +111,16 @@ class Decoder(nn.Module):
         return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
 
     def forward(self, embeddings: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """embeddings `[T, hidden_size]` -> hidden states of the last layer, before the final norm, of all T tokens or
-        of the context's outputs alone: a prompt's other tokens leave nothing there but keys and values.
+        """embeddings `[T, hidden_size]`, which are changed -> hidden states of the last layer before the final norm, of
+        all T tokens or of the context's outputs alone: a prompt's others leave nothing there but keys and values.
         """
-        hidden = embeddings
-        rotation = self.rotary(context.positions, hidden.dtype)
-        *layers, last = self.layers
-        for layer in layers:
-            hidden = layer(hidden, rotation, context)
-        return last(hidden, rotation, context, context.outputs)  # type: ignore[no-any-return]
+        rotation = self.rotary(context.positions, embeddings.dtype)
+        update: torch.Tensor | None = None
+        stream, last = embeddings, len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            update, stream = layer(update, stream, rotation, context, context.outputs if index == last else None)
+        assert update is not None, "a decoder has layers"
+        return stream.add_(update)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden `[n, hidden_size]` of the positions that are sampled -> float32 `[n, vocab_size]`."""

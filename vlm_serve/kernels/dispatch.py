@@ -128,6 +128,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return norm(x, weight, eps)
 
 
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Adds x to `residual`, contiguous and of its shape, in place; returns `rms_norm` of the sum as it was rounded."""
+    norm = norm_cpu.add_rms_norm if _takes_cpp(x) else norm_torch.add_rms_norm
+    return norm(x, residual, weight, eps)
+
+
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`[..., 2 * width]`, the gate before the other half -> `silu(gate) * up`, `[..., width]`."""
     return activation_cpu.silu_and_mul(gate_up) if _takes_cpp(gate_up) else activation_torch.silu_and_mul(gate_up)

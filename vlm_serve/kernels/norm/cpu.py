@@ -1,4 +1,4 @@
-"""Root-mean-square norm on a CPU by the C++ operator of `cpu.cpp`."""
+"""Root-mean-square norm on a CPU by the C++ operators of `cpu.cpp`."""
 
 import torch
 
@@ -8,4 +8,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     torch.ops.vlm_serve.rms_norm(out, x, weight, eps)
+    return out
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `dispatch.add_rms_norm`, float32 or bfloat16; `cpp_library.load()` comes first."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    torch.ops.vlm_serve.add_rms_norm(out, residual, x, weight, eps)
     return out
