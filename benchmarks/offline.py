@@ -119,8 +119,8 @@ def where_a_step_goes(engine: Engine, prompts: list[Prompt], steps: int = 10) ->
             engine.step()
     for index in range(len(prompts)):
         engine.abort(f"profile-{index}")
-    kinds = {"linear": ("linear", "panel", "mm", "gemm"), "attention": ("paged_attention",), "cache write": ("write_kv",)}
-    kinds["norm"] = ("rms_norm",)
+    kinds = {"linear": ("linear", "panel", "mm", "gemm"), "attention": ("paged_attention",), "norm": ("rms_norm",)}
+    kinds["cache write"] = ("write_kv",)
     shares: dict[str, float] = {}
     for event in profiler.key_averages():
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
