@@ -9,15 +9,22 @@ from vlm_serve.kernels import dispatch
 from vlm_serve.kernels.linear import OneDnnLinear, PanelLinear, PlainLinear
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("form", [PanelLinear, OneDnnLinear, PlainLinear])
+FORMS = [
+    (PanelLinear, torch.bfloat16),
+    (OneDnnLinear, torch.bfloat16),
+    (OneDnnLinear, torch.float32),
+    *((PlainLinear, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)),
+]
+
+
+@pytest.mark.parametrize(("form", "dtype"), FORMS, ids=[f"{form.__name__}-{dtype}" for form, dtype in FORMS])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 33])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_a_packed_layer_computes_x_w_plus_b(dtype: torch.dtype, form: type, rows: int, bias: bool) -> None:
+def test_a_packed_layer_computes_x_w_plus_b(form: type, dtype: torch.dtype, rows: int, bias: bool) -> None:
     weight, x = torch.randn(40, 24).to(dtype) / 5, torch.randn(rows, 24).to(dtype)
     added = torch.randn(40).to(dtype) if bias else None
     if form is not PlainLinear and not form.takes(weight):
-        pytest.skip("not a form for this dtype on this machine")
+        pytest.skip("this machine does not compute in this form")
     expected = x.double() @ weight.double().T + (0 if added is None else added.double())
     out = form(weight, added)(x)
     assert out.dtype == dtype
