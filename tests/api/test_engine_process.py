@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from api.app import create_app
 from tests.api.running import running
 from tests.api.test_served import asking, image_part, png
-from tests.serving.orders import HOLD_IN_STEP, HOLD_LATER, HOOKS, KILL_IN_STEP, Orders, eventually
+from tests.serving.orders import HOLD_IN_STEP, HOLD_LATER, KILL_IN_STEP, Orders, eventually, obeyed
 from vlm_serve.config import EngineConfig, IngestConfig, ModelConfig, Settings
 from vlm_serve.serving.async_llm import AsyncLLM
 
@@ -44,10 +44,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 def orders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orders]:
-    orders = Orders(tmp_path_factory.mktemp("orders"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HOOKS))
-        patch.setenv("TEST_ORDERS", str(orders.folder))
+    with obeyed(tmp_path_factory.mktemp("orders")) as orders:
         yield orders
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from vlm_serve.clinical.image import ClinicalImage, ImageReceipt
@@ -31,6 +32,19 @@ def picture(seed: int, height: int = 28, width: int = 28) -> ClinicalImage:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     return ClinicalImage(pixels, ImageReceipt("image/png", "", "", height, width, "test"))
+
+
+def break_the_encoder_for(engine: Engine, digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a batch of images with this one in it cannot be encoded."""
+    model = engine.runner.model
+    encode = model.encode_images
+
+    def broken(images):
+        if any(inputs.digest == digest for inputs in images):
+            raise RuntimeError("a fault in the encoder")
+        return encode(images)
+
+    monkeypatch.setattr(model, "encode_images", broken)
 
 
 @dataclass

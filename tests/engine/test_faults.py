@@ -4,7 +4,7 @@ import pytest
 
 from tests.checkpoints import make_llava
 from tests.engine.adapters import make_adapter
-from tests.engine.harness import Harness, assert_parity, picture
+from tests.engine.harness import Harness, assert_parity, break_the_encoder_for, picture
 from vlm_serve.engine.engine import choose_device
 from vlm_serve.errors import AdapterError, ConfigurationError
 from vlm_serve.types import FinishReason, Request, SamplingParams
@@ -24,18 +24,6 @@ def adapted(tmp_path_factory):
     return folder, directory, references | {None: model}
 
 
-def break_the_encoder_for(harness: Harness, digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = harness.engine.runner.model
-    encode = model.encode_images
-
-    def broken(images):
-        if any(inputs.digest == digest for inputs in images):
-            raise RuntimeError("a fault in the encoder")
-        return encode(images)
-
-    monkeypatch.setattr(model, "encode_images", broken)
-
-
 def test_a_poisoned_image_ends_its_own_request_and_its_neighbours_finish_as_if_alone(adapted, monkeypatch):
     """Row 3 of engines.md: one bad image kills the whole engine."""
     folder, directory, _references = adapted
@@ -43,7 +31,7 @@ def test_a_poisoned_image_ends_its_own_request_and_its_neighbours_finish_as_if_a
     engine = harness.engine
     prompts = [harness.chat(picture(seed), QUESTION) for seed in range(5)]
     expected = [run.token_ids for run in harness.run(*prompts, max_tokens=12, salt="undisturbed")]
-    break_the_encoder_for(harness, prompts[2].images[0].inputs.digest, monkeypatch)
+    break_the_encoder_for(harness.engine, prompts[2].images[0].inputs.digest, monkeypatch)
     answers: dict[str, list[int]] = {str(index): [] for index in range(5)}
     reasons = {}
     for index, prompt in enumerate(prompts):

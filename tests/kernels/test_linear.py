@@ -8,7 +8,6 @@ import torch
 from vlm_serve.kernels import dispatch
 from vlm_serve.kernels.linear import OneDnnLinear, PanelLinear, PlainLinear
 
-
 FORMS = [
     (PanelLinear, torch.bfloat16),
     (OneDnnLinear, torch.bfloat16),

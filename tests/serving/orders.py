@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.serving.engine_hooks.sitecustomize import (
     FAULT_IN_STEP,
     HOLD_IN_STEP,
@@ -23,6 +25,7 @@ __all__ = [
     "KILL_WHEN_ADDED",
     "Orders",
     "eventually",
+    "obeyed",
     "resources",
 ]
 
@@ -71,3 +74,13 @@ def resources() -> tuple[int, int, int]:
     children = sum(len((task / "children").read_text().split()) for task in tasks.iterdir())
     shared = Path("/dev/shm")
     return len(os.listdir("/proc/self/fd")), children, len(os.listdir(shared)) if shared.is_dir() else 0
+
+
+@contextmanager
+def obeyed(folder: Path) -> Iterator[Orders]:
+    """Engine processes started meanwhile obey what is ordered; `folder` is where they look."""
+    orders = Orders(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HOOKS))
+        patch.setenv("TEST_ORDERS", str(folder))
+        yield orders

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.checkpoints import make_tokenizer
+from tests.engine.harness import break_the_encoder_for
 from vlm_serve import LLM, SamplingParams
 from vlm_serve.errors import ConfigurationError, ContextLengthError, InvalidRequestError, ModelNotFoundError
 from vlm_serve.serving.llm import READ_AHEAD, Job
@@ -142,18 +143,6 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(llm, ask):
         ask(llm, "word " * 200_000)
 
 
-def break_the_encoder_for(llm: LLM, digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llm.engine.runner.model
-    encode = model.encode_images
-
-    def broken(images):
-        if any(inputs.digest == digest for inputs in images):
-            raise RuntimeError("a fault in the encoder")
-        return encode(images)
-
-    monkeypatch.setattr(model, "encode_images", broken)
-
-
 def asking(seed: int) -> list[dict]:
     pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     return [{"role": "user", "content": [{"type": "image", "image": Image.fromarray(pixels)}, QUESTION]}]
@@ -165,7 +154,7 @@ def test_a_fault_in_one_request_loses_no_other_results(served, monkeypatch):
         undisturbed = llm.chat(conversations, GREEDY, use_tqdm=False)
         assert [len(out.image_digests) for out in undisturbed] == [1] * 4
     with LLM(served.folder, dtype="float32", max_model_len=256, device="cpu") as llm:
-        break_the_encoder_for(llm, undisturbed[2].image_digests[0], monkeypatch)
+        break_the_encoder_for(llm.engine, undisturbed[2].image_digests[0], monkeypatch)
         outs = llm.chat(conversations, GREEDY, use_tqdm=False)
         assert [out.outputs[0].finish_reason == "error" for out in outs] == [False, False, True, False]
         assert "Send it again" in outs[2].outputs[0].error

@@ -13,11 +13,11 @@ from tests.serving.orders import (
     FAULT_IN_STEP,
     HOLD_IN_STEP,
     HOLD_LATER,
-    HOOKS,
     KILL_IN_STEP,
     KILL_WHEN_ADDED,
     Orders,
     eventually,
+    obeyed,
     resources,
 )
 from tests.serving.test_async_llm import conversation, engine_process, settings, started, until, until_idle
@@ -46,10 +46,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 def orders(tmp_path_factory) -> Orders:
-    orders = Orders(tmp_path_factory.mktemp("orders"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HOOKS))
-        patch.setenv("TEST_ORDERS", str(orders.folder))
+    with obeyed(tmp_path_factory.mktemp("orders")) as orders:
         yield orders
 
 
