@@ -1,5 +1,7 @@
 """The last layer gives the hidden states that are needed, and those are what it gives when it gives them all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_what_is_needed_of_the_last_layer_is_what_it_gives_when_it_gives_everyth
     digest = harness.store.get("chest").digest
     requests = [
         Request("image", chat.token_ids, greedy, chat.images),
-        Request("adapter", chat.token_ids, greedy, chat.images, adapter=digest),
+        Request("adapter", chat.token_ids, replace(greedy, logprobs=1), chat.images, adapter=digest),
         Request("repeating", REPEATING, SamplingParams(max_tokens=40, allowed_token_ids=(30, 31), seed=1)),
         Request("logprobs", REPEATING, SamplingParams(max_tokens=3, temperature=0, logprobs=2, prompt_logprobs=1)),
         Request("long", tuple(range(3, 80)), greedy, adapter=digest),
