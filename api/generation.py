@@ -55,16 +55,22 @@ class Generation:
     async def deltas(self, answers: int) -> AsyncGenerator[tuple[int, TokenDelta], None]:
         """The deltas of all runs up to the end of all `answers`, each measured, with its run's number.
 
+        Where one `starts_over`, those of its run that came before are void.
+
         Raises:
             RequestFailedError: an answer ended in another way than by its own last token.
         """
         facts = self._record.facts
+        of_each = answers // len(self.runs)
+        left = [of_each] * len(self.runs)
         completion: dict[int, int] = {}
         cached: dict[int, int] = {}
         async with _merged(self.runs) as merged:
             async for number, delta in merged:
                 if delta.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                     break
+                if delta.starts_over:
+                    left[number] = of_each
                 now = self._record.elapsed
                 if delta.token_ids:
                     facts.setdefault("ttft", now)
@@ -74,19 +80,24 @@ class Generation:
                 facts |= {"completion_tokens": sum(completion.values()), "cached_tokens": sum(cached.values())}
                 if delta.finish_reason is not None:
                     facts["finish"] = delta.finish_reason.value
-                    answers -= 1
+                    left[number] -= 1
                 yield number, delta
-                if answers == 0:
+                if not any(left):
                     return
         raise RequestFailedError("The server stopped this request before its end. Send it again.")
 
     async def whole(self, writer: Writer) -> JsonObject:
-        """The finished body; cancelled, it aborts the runs."""
+        """The finished body; cancelled, it aborts the runs. An engine that dies meanwhile costs time and no more."""
+        for run in self.runs:
+            run.withhold()
+        found: list[list[TokenDelta]] = [[] for _ in self.runs]
         try:
             async with aclosing(self.deltas(len(writer.answers))) as deltas:
                 async for number, delta in deltas:
-                    writer.accept(number, delta)
-            return await asyncio.to_thread(writer.whole)
+                    if delta.starts_over:
+                        found[number].clear()
+                    found[number].append(delta)
+            return await asyncio.to_thread(_written, writer, found)
         finally:
             await self.close()
 
@@ -101,6 +112,14 @@ class Generation:
                     yield event
         for event in writer.end():
             yield event
+
+
+def _written(writer: Writer, found: Sequence[Sequence[TokenDelta]]) -> JsonObject:
+    """The body of what each run gave."""
+    for number, deltas in enumerate(found):
+        for delta in deltas:
+            writer.accept(number, delta)
+    return writer.whole()
 
 
 @asynccontextmanager

@@ -7,8 +7,9 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
-from api.disconnect import while_connected
+from api.disconnect import ClientGoneError, while_connected
 from api.errors import invalid_request
 from api.gateway.keys import Identity, identity_of
 from api.record import RequestRecord, record_of
@@ -40,11 +41,15 @@ class Incoming:
 
         Raises:
             InvalidRequestError: it is not sent as JSON, or what `parse` raises.
+            ClientGoneError: the client left before the end of its body.
         """
         if self.request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             # A web page may send other types to a local server without asking it first.
             raise InvalidRequestError("Send the header Content-Type: application/json.")
-        body = await self.request.body()
+        try:
+            body = await self.request.body()
+        except ClientDisconnect:
+            raise ClientGoneError from None
         # Megabytes of base64 take time to parse and decode: off the event loop, so that streams go on.
         return await asyncio.to_thread(parse, body)
 

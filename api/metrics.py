@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from vlm_serve.serving.run import TokenDelta
-from vlm_serve.types import EngineStats, StepOutput
+from vlm_serve.types import EngineStats, FinishReason, StepOutput
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
@@ -122,7 +122,7 @@ class Metrics:
             "request_time_per_output_token_seconds", "The same, averaged over an answer.", TOKEN_BUCKETS
         )
         self.end_to_end = self._histogram(
-            "e2e_request_latency_seconds", "From the request's arrival to an answer's last token.", REQUEST_BUCKETS
+            "e2e_request_latency_seconds", "From the request's arrival to an answer's end.", REQUEST_BUCKETS
         )
         self.queue = self._histogram(
             "request_queue_time_seconds", "From the engine's admission to the first step.", REQUEST_BUCKETS
@@ -198,6 +198,7 @@ class RequestFigures:
         self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
         self._tokens: Tally[int] = Tally()
+        self._ended: set[int] = set()
 
     def admitted(self, prompt_tokens: int) -> None:
         self._metrics.prompt_tokens.labels(*self._labels).inc(prompt_tokens)
@@ -207,6 +208,9 @@ class RequestFigures:
     def add(self, delta: TokenDelta, now: float) -> None:
         """A step's tokens of one answer came `now` seconds after the request."""
         metrics, labels, index, count = self._metrics, self._labels, delta.index, len(delta.token_ids)
+        if delta.starts_over:
+            self._last.clear()
+            self._tokens.clear()
         if count:
             if not self._first:
                 metrics.first_token.labels(*labels).observe(now)
@@ -223,10 +227,11 @@ class RequestFigures:
             metrics.queue.labels(*labels).observe(delta.queue_seconds)
         if index == 0 and delta.prefill_seconds is not None:
             metrics.prefill.labels(*labels).observe(delta.prefill_seconds)
-        if delta.finish_reason is not None:
+        if delta.finish_reason is not None and index not in self._ended:
             self._finished(index, delta.finish_reason.value, now)
 
     def _finished(self, index: int, reason: str, now: float) -> None:
+        self._ended.add(index)
         metrics, labels, tokens = self._metrics, self._labels, self._tokens[index]
         metrics.success.labels(*labels, reason).inc()
         metrics.end_to_end.labels(*labels).observe(now)
@@ -235,6 +240,13 @@ class RequestFigures:
         metrics.decode.labels(*labels).observe(decoding)
         if tokens > 1:
             metrics.per_token.labels(*labels).observe(decoding / (tokens - 1))
+
+    def embedded(self, prompt_tokens: int, now: float) -> None:
+        """The prompt's embedding came `now` seconds after the request: there are no tokens to measure."""
+        self.admitted(prompt_tokens)
+        self._metrics.success.labels(*self._labels, FinishReason.STOP.value).inc()
+        self._metrics.end_to_end.labels(*self._labels).observe(now)
+        self.close()
 
     def close(self) -> None:
         """The request has ended, however it did."""

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from api.gateway.keys import Identity
@@ -10,6 +11,7 @@ from api.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     DicomContent,
+    EmbeddingRequest,
     ImageUrlContent,
     ResponsesRequest,
     TextContent,
@@ -29,6 +31,11 @@ from vlm_serve.types import (
     StructuredOutputs,
     TextPart,
     ToolCall,
+)
+
+BAD_TOOLS = (
+    "No answer can be held to what these functions take: their parameters are no valid JSON schemas, use what is not "
+    "supported, or are too large or too complex together. Send fewer functions, or simpler ones."
 )
 
 STAT = -1
@@ -54,7 +61,7 @@ def sampling_params(
         InvalidRequestError: a value is out of its range, or the answer's form is given twice.
     """
     given = {name: getattr(asked, name) for name in _AS_THEY_ARE if getattr(asked, name) is not None}
-    given["structured_outputs"] = _one_of([*_structures(asked), *([structure] if structure else [])])
+    given["structured_outputs"] = _only(_structures(asked) | ({"tools": structure} if structure else {}))
     match asked:
         case ChatCompletionRequest():
             given |= {"n": asked.n or 1, "max_tokens": asked.token_limit}
@@ -68,32 +75,35 @@ def sampling_params(
     return SamplingParams(**given)
 
 
-def _one_of(structures: Sequence[StructuredOutputs]) -> StructuredOutputs | None:
+def _only(structures: Mapping[str, StructuredOutputs]) -> StructuredOutputs | None:
     if len(structures) > 1:
         raise InvalidRequestError(
-            "Say in one way what the answer must match: response_format, structured_outputs, guided_… or tools.",
-            param="structured_outputs",
+            f"Say in one way what the answer must match, not in {' and '.join(structures)}.", param=list(structures)[-1]
         )
-    return structures[0] if structures else None
+    return next(iter(structures.values()), None)
 
 
-def _structures(asked: GenerationRequest) -> list[StructuredOutputs]:
-    """Everything in a request that says what the answer must match."""
-    found = []
+def _structures(asked: GenerationRequest) -> dict[str, StructuredOutputs]:
+    """Everything in a request that says what the answer must match, by its field."""
+    found = {}
     if (field := asked.structured_outputs) is not None:
-        found.append(StructuredOutputs(field.json_, bool(field.json_object), field.regex, field.choice, field.grammar))
-    if isinstance(asked, ResponsesRequest) and asked.text is not None and asked.text.format is not None:
-        found += _format(asked.text.format.type, asked.text.format.schema_)
+        found["structured_outputs"] = StructuredOutputs(
+            field.json_, bool(field.json_object), field.regex, field.choice, field.grammar
+        )
+    if isinstance(asked, ResponsesRequest) and asked.text is not None and (text := asked.text.format) is not None:
+        found |= _format("text.format", text.type, text.schema_)
     if isinstance(asked, CompletionFields):
         if (form := asked.response_format) is not None:
-            found += _format(form.type, _schema_of(form))
+            found |= _format("response_format", form.type, _schema_of(form))
         guided: dict[str, Any] = {
             "json": asked.guided_json,
             "regex": asked.guided_regex,
             "choice": asked.guided_choice,
             "grammar": asked.guided_grammar,
         }
-        found += [StructuredOutputs(**{name: value}) for name, value in guided.items() if value is not None]
+        found |= {
+            f"guided_{name}": StructuredOutputs(**{name: value}) for name, value in guided.items() if value is not None
+        }
     return found
 
 
@@ -101,10 +111,10 @@ def _schema_of(form: ResponseFormat) -> JsonObject | None:
     return form.json_schema.schema_ if form.json_schema is not None else None
 
 
-def _format(kind: str, schema: JsonObject | None) -> list[StructuredOutputs]:
+def _format(name: str, kind: str, schema: JsonObject | None) -> dict[str, StructuredOutputs]:
     if kind == "text":
-        return []
-    return [StructuredOutputs(json_object=True) if schema is None else StructuredOutputs(json=schema)]
+        return {}
+    return {name: StructuredOutputs(json_object=True) if schema is None else StructuredOutputs(json=schema)}
 
 
 def priority(asked: str | int | None, identity: Identity) -> int:
@@ -208,17 +218,44 @@ def responses_input(asked: ResponsesRequest, *, max_images: int) -> ChatInput:
     return ChatInput(tuple(messages))
 
 
-def name_in_input(error: InputError, asked: ResponsesRequest, chat: ChatInput) -> None:
-    """Names a place of the error in the conversation's messages as one in `input`, which has no instructions at its
-    front.
+Asked = ChatCompletionRequest | CompletionRequest | ResponsesRequest | EmbeddingRequest | TokenizeRequest
+
+
+@contextmanager
+def naming_fields(asked: Asked) -> Iterator[None]:
+    """An error on its way out names the field as the request has it."""
+    try:
+        yield
+    except InputError as error:
+        name_field(error, asked)
+        raise
+
+
+def name_field(error: InputError, asked: Asked) -> None:
+    """`param` is the engine's word for what is wrong; here it becomes the request's own. Once done, it changes nothing
+    more.
     """
-    before = len(chat.messages) - len(asked.input)
-    if error.param is not None and error.param.startswith("messages"):
-        error.param = re.sub(
-            r"^messages(?:\[(\d+)\])?",
-            lambda match: f"input[{int(match.group(1)) - before}]" if match.group(1) else "input",
-            error.param,
-        )
+    param = error.param or ""
+    match asked:
+        case ResponsesRequest():
+            # The engine's messages have the instructions at their front.
+            before = 1 if asked.instructions is not None else 0
+            param = re.sub(r"^messages\[(\d+)\]", lambda match: f"input[{int(match[1]) - before}]", param)
+            names = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
+        case CompletionRequest():
+            names = {"messages": "prompt"}
+        case EmbeddingRequest():
+            names = {"messages": "input", "prompt": "input"}
+        case TokenizeRequest():
+            names = {"messages": "prompt"} if asked.prompt is not None else {}
+        case ChatCompletionRequest():
+            names = {"max_tokens": "max_completion_tokens"} if asked.max_completion_tokens is not None else {}
+    if isinstance(asked, GenerationRequest) and param == "structured_outputs":
+        if structures := _structures(asked):
+            param = next(iter(structures))
+        else:
+            param, error.args = "tools", (BAD_TOOLS,)
+    error.param = names.get(param, param) or None
 
 
 def _role(role: str) -> str:

@@ -76,21 +76,31 @@ class EngineConfig:
             "max_adapters",
             "max_adapter_rank",
         ):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} must be at least 1.")
-        if self.speculative_tokens < 0:
-            raise ConfigurationError("speculative_tokens must be at least 0, which guesses none.")
-        if isinstance(self.kv_cache_memory, float) and not 0 < self.kv_cache_memory <= 1:
-            raise ConfigurationError("kv_cache_memory as a share must be above 0 and at most 1.")
-        if isinstance(self.kv_cache_memory, int) and self.kv_cache_memory < 1:
-            raise ConfigurationError("kv_cache_memory in bytes must be at least 1.")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ConfigurationError("max_model_len must be at least 2: a token of prompt and one of answer.")
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be a whole number, at least 1.")
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigurationError("enable_prefix_caching must be True or False.")
+        if not _is_whole(self.speculative_tokens) or self.speculative_tokens < 0:
+            raise ConfigurationError("speculative_tokens must be a whole number, at least 0, which guesses none.")
+        if isinstance(self.kv_cache_memory, float):
+            if not 0 < self.kv_cache_memory <= 1:
+                raise ConfigurationError("kv_cache_memory as a share must be above 0 and at most 1.")
+        elif self.kv_cache_memory is not None and (not _is_whole(self.kv_cache_memory) or self.kv_cache_memory < 1):
+            raise ConfigurationError("kv_cache_memory in bytes must be a whole number, at least 1.")
+        if self.max_model_len is not None and (not _is_whole(self.max_model_len) or self.max_model_len < 2):
+            raise ConfigurationError(
+                "max_model_len must be a whole number, at least 2: a token of prompt and one of answer."
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigurationError(
                 "max_num_batched_tokens must be at least max_num_seqs, so that every running request gets a token "
                 "in a step. Raise the one or lower the other."
             )
+
+
+def _is_whole(value: object) -> bool:
+    """`LLM` takes what a script gives it, whatever its type."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,10 @@ class PayloadTooLargeError(InputError):
     """A body or a file is past its limit of size."""
 
 
+class RequestTimeoutError(InputError):
+    """A request takes too long to arrive."""
+
+
 class ImageError(InputError):
     """An image part cannot be used."""
 

@@ -293,7 +293,8 @@ class Request:
     scheduler is fair to. A lower `priority` goes first, 0 is routine.
     `eos_token_ids` end the answer unless `sampling.ignore_eos`. `bad_word_ids` are the token sequences of
     `sampling.bad_words`, `grammar` is `sampling.structured_outputs` as llguidance takes it.
-    `pooling` asks for the prompt's embedding and no answer.
+    `pooling` asks for the prompt's embedding and no answer. `continues` says that an answer goes on with the prompt's
+    text; else it is a text of its own, a new message.
     """
 
     request_id: str
@@ -308,6 +309,7 @@ class Request:
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     grammar: str | None = None
     pooling: bool = False
+    continues: bool = False
 
     @property
     def longest_atomic_span(self) -> int:
@@ -336,7 +338,8 @@ class TokenOutput:
     first tokens, an entry for each token of the prompt but the first. `embedding` is float32 `[hidden_size]` of norm 1,
     for a request that pools. `stop_token` is the token that ended the answer, where one did. `cached_tokens` counts
     the prompt's tokens found in the prefix cache. `queue_seconds` and `prefill_seconds` come with the first tokens.
-    `error` is a message for the caller when `finish_reason` is `error`.
+    `error` is a message for the caller when `finish_reason` is `error`; `error_param` is the field of the request that
+    is to blame, None where the server is.
     """
 
     request_id: str
@@ -344,6 +347,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     error: str | None = None
+    error_param: str | None = None
     index: int = 0
     stop_token: int | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()

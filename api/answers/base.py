@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from api.errors import error_body
 from api.responses import AnsweredRun, image_answer_json
+from api.wire import Asked, name_field
+from vlm_serve.errors import InputError
 from vlm_serve.serving.run import TokenDelta, Usage
 from vlm_serve.serving.served_model import ServedModel
 from vlm_serve.types import FinishReason, JsonObject, TokenLogprobs
@@ -51,6 +53,9 @@ class Writer(ABC):
     DONE: bytes = b"data: [DONE]\n\n"
     """The last event of a stream."""
 
+    _asked: Asked
+    """The request; each form of answers has its own."""
+
     def __init__(self, runs: Sequence[AnsweredRun], base: ServedModel, created: int, n: int = 1) -> None:
         self.runs = runs
         self._base = base
@@ -93,6 +98,8 @@ class Writer(ABC):
 
     def failure(self, error: Exception) -> JsonObject:
         """The event for a stream that breaks off."""
+        if isinstance(error, InputError):
+            name_field(error, self._asked)
         return error_body(error)
 
     def _head(self, prefix: str, kind: str) -> JsonObject:

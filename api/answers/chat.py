@@ -27,7 +27,7 @@ class ChatWriter(Writer):
         created: int,
     ) -> None:
         super().__init__([run], base, created, asked.n or 1)
-        self._asked = asked
+        self._asked: ChatCompletionRequest = asked
         self._calling = calling
         self._parsers = [CallParser(calling) for _ in self.answers] if calling is not None else []
         self._has_begun = False

@@ -1,11 +1,15 @@
 """Log-probabilities on the wire: OpenAI's two forms, and vLLM's for those of a prompt."""
 
+import codecs
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from api.responses import AnsweredRun
+from vlm_serve.serving.token_bytes import num_unfinished
 from vlm_serve.types import JsonObject, TokenLogprobs
+
+UTF_8 = codecs.getincrementaldecoder("utf-8")
 
 LEAST = -9999.0
 """Stands for minus infinity, which JSON does not know; OpenAI's number."""
@@ -56,35 +60,55 @@ def prompt_logprobs(run: AnsweredRun, count: int) -> list[JsonObject | None]:
     return [None, *(entry(found) for found in run.prompt_logprobs)]
 
 
+def prompt_text(run: AnsweredRun) -> str:
+    """What the prompt's tokens stand for, special ones included; not a character left for the answer to finish."""
+    pieces = [run.token_bytes(token_id) for token_id in run.prompt_token_ids]
+    return b"".join(pieces[: len(pieces) - num_unfinished(pieces)]).decode("utf-8", "replace")
+
+
 @dataclass
 class LegacyLogprobs:
-    """The form of plain completions: four lists side by side. `offset` is that of the next token in the text."""
+    """The form of plain completions: four lists side by side. `offset` is that of the next token in the text: of one
+    that begins inside a character, the character's.
+    """
 
     run: AnsweredRun
     top: int
     offset: int = 0
+    characters: codecs.IncrementalDecoder = field(default_factory=lambda: UTF_8("replace"))
     tokens: list[str] = field(default_factory=list)
     token_logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[JsonObject | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
 
-    def add_prompt(self) -> None:
-        """The prompt's own tokens, for `echo`; the first one follows nothing."""
-        self._add(self.run.prompt_token_ids[0], None)
-        for token_id, entry in zip(self.run.prompt_token_ids[1:], self.run.prompt_logprobs, strict=True):
+    def add_prompt(self, text: str) -> None:
+        """The prompt's own tokens, for `echo`; the first one follows nothing.
+
+        Args:
+            text: as it is echoed. Tokens may have more at their front: `<s>`, a space before the first word.
+        """
+        self.offset = len(text) - len(prompt_text(self.run))
+        entries = (None, *self.run.prompt_logprobs)
+        for token_id, entry in zip(self.run.prompt_token_ids, entries, strict=True):
             self._add(token_id, entry)
+            self._pass(token_id)
 
     def add(self, entries: Iterable[TokenLogprobs]) -> None:
+        """The answer's next tokens."""
         for entry in entries:
             self._add(entry.token_ids[0], entry)
+            if entry.token_ids[0] not in self.run.hidden_ids:
+                self._pass(entry.token_ids[0])
 
     def _add(self, token_id: int, entry: TokenLogprobs | None) -> None:
-        text = _text(self.run, token_id)
-        self.tokens.append(text)
+        self.tokens.append(_text(self.run, token_id))
         self.token_logprobs.append(_finite(entry.logprobs[0]) if entry else None)
         self.top_logprobs.append(dict(self._likeliest(entry)) if entry else None)
-        self.text_offset.append(self.offset)
-        self.offset += len(text)
+        self.text_offset.append(max(0, self.offset))
+
+    def _pass(self, token_id: int) -> None:
+        """Counts the characters that are whole with this token."""
+        self.offset += len(self.characters.decode(self.run.token_bytes(token_id)))
 
     def _likeliest(self, entry: TokenLogprobs) -> Iterator[tuple[str, float]]:
         for token_id, logprob in zip(entry.token_ids[1 : self.top + 1], entry.logprobs[1 : self.top + 1], strict=True):

@@ -21,7 +21,7 @@ class ResponseWriter(Writer):
 
     def __init__(self, asked: ResponsesRequest, run: AnsweredRun, base: ServedModel, created: int) -> None:
         super().__init__([run], base, created)
-        self._asked = asked
+        self._asked: ResponsesRequest = asked
         self._item_id = f"msg_{uuid.uuid4().hex}"
         self._number = 0
 
@@ -92,7 +92,7 @@ class ResponseWriter(Writer):
             "previous_response_id": None,
             "store": False,
             "truncation": "disabled",
-            "metadata": {},
+            "metadata": asked.metadata or {},
         }
         return response | content | self._about_images()
 

@@ -17,7 +17,7 @@ from api.schemas import ChatCompletionRequest, CompletionRequest, EmbeddingReque
 from api.schemas.completions import each_prompt
 from api.schemas.fields import GenerationRequest
 from api.tools import tool_calling
-from api.wire import chat_input, name_in_input, priority, responses_input, sampling_params
+from api.wire import chat_input, name_field, priority, responses_input, sampling_params
 from vlm_serve.clinical.image import ImageReceipt
 from vlm_serve.config import ServerConfig
 from vlm_serve.errors import (
@@ -66,15 +66,22 @@ class BatchRequest:
         """
         results = [self.results[place] for place in range(len(self.jobs))]
         for result in results:
-            if isinstance(result, InputError):
-                self.place(result)
-            if isinstance(result, VlmServeError):
-                raise result
-            errors = [result.error] if isinstance(result, Pooled) else [answer.error for answer in result.answers]
-            for error in errors:
-                if error is not None:
-                    raise RequestFailedError(error)
+            if (error := _error(result)) is not None:
+                if isinstance(error, InputError):
+                    self.place(error)
+                raise error
         return self.write(results)
+
+
+def _error(result: Result) -> VlmServeError | None:
+    if isinstance(result, VlmServeError):
+        return result
+    for answer in [result] if isinstance(result, Pooled) else result.answers:
+        if answer.error is not None and answer.error_param is not None:
+            return InvalidRequestError(answer.error, param=answer.error_param)
+        if answer.error is not None:
+            return RequestFailedError(answer.error)
+    return None
 
 
 def read_request(line: BatchLine, llm: LLM, config: ServerConfig) -> BatchRequest:
@@ -116,7 +123,8 @@ def _chat(custom_id: str, body: bytes, llm: LLM, max_images: int) -> BatchReques
         runs = _runs(results, model, llm)
         return _written(ChatWriter(asked, calling, runs[0], llm.models[0], int(time.time())), results)
 
-    return BatchRequest(custom_id, [Job(chat, sampling, _adapter(model), priority(asked.priority, ANYONE))], write)
+    jobs = [Job(chat, sampling, _adapter(model), priority(asked.priority, ANYONE))]
+    return BatchRequest(custom_id, jobs, write, lambda error: name_field(error, asked))
 
 
 def _response(custom_id: str, body: bytes, llm: LLM, max_images: int) -> BatchRequest:
@@ -130,7 +138,7 @@ def _response(custom_id: str, body: bytes, llm: LLM, max_images: int) -> BatchRe
         return _written(ResponseWriter(asked, run, llm.models[0], int(time.time())), results)
 
     jobs = [Job(chat, sampling, _adapter(model), priority(asked.priority, ANYONE))]
-    return BatchRequest(custom_id, jobs, write, lambda error: name_in_input(error, asked, chat))
+    return BatchRequest(custom_id, jobs, write, lambda error: name_field(error, asked))
 
 
 def _completion(custom_id: str, body: bytes, llm: LLM) -> BatchRequest:
@@ -139,12 +147,12 @@ def _completion(custom_id: str, body: bytes, llm: LLM) -> BatchRequest:
     model, sampling, prompts = _find(asked.model, llm), sampling_params(asked), each_prompt(asked.prompt)
 
     def write(results: Sequence[Result]) -> JsonObject:
-        echoes = [one if isinstance(one, str) else llm.detokenize(one) for one in prompts] if asked.echo else []
         runs = _runs(results, model, llm)
-        return _written(TextWriter(asked, echoes, runs, llm.models[0], int(time.time())), results)
+        return _written(TextWriter(asked, prompts, runs, llm.models[0], int(time.time())), results)
 
     urgency = priority(asked.priority, ANYONE)
-    return BatchRequest(custom_id, [Job(prompt, sampling, _adapter(model), urgency) for prompt in prompts], write)
+    jobs = [Job(prompt, sampling, _adapter(model), urgency) for prompt in prompts]
+    return BatchRequest(custom_id, jobs, write, lambda error: name_field(error, asked))
 
 
 def _embedding(custom_id: str, body: bytes, llm: LLM) -> BatchRequest:
@@ -162,7 +170,7 @@ def _embedding(custom_id: str, body: bytes, llm: LLM) -> BatchRequest:
 
     urgency = priority(asked.priority, ANYONE)
     jobs = [Job(prompt, None, _adapter(model), urgency) for prompt in each_prompt(asked.input)]
-    return BatchRequest(custom_id, jobs, write)
+    return BatchRequest(custom_id, jobs, write, lambda error: name_field(error, asked))
 
 
 def _check_no_stream(asked: GenerationRequest) -> None:
@@ -194,6 +202,7 @@ class _EndedRun:
         self.prompt_tokens = len(answers.prompt_token_ids)
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = answers.prompt_logprobs
         self.token_bytes = llm.token_bytes.__getitem__
+        self.hidden_ids = llm.token_bytes.special_ids if answers.sampling.skip_special_tokens else frozenset[int]()
 
 
 def _runs(results: Sequence[Result], model: ServedModel, llm: LLM) -> list[_EndedRun]:

@@ -1,7 +1,7 @@
 """`vlm-serve run-batch`: a file of requests answered by the offline class, in OpenAI's batch format.
 
-A run that was cut off goes on when the same command is given again. No more is in memory than runs at once, however
-long the files are.
+A run that was cut off goes on when the same command is given again. No more requests and answers are in memory than
+run at once, however long the files are; of the others, their ids.
 """
 
 import argparse
@@ -16,14 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from api.cli.arguments import given_settings
-from api.cli.batch_file import AnswerFile, read_ids, read_lines
+from api.cli.batch_file import OK, AnswerFile, read_ids, read_lines
 from api.cli.batch_request import BatchRequest, read_request
 from api.cli.settings import load_settings
 from api.errors import error_body, http_error
 from vlm_serve.config import ServerConfig, Settings
 from vlm_serve.serving.llm import LLM, Job
-
-OK = 200
 
 
 def run_batch(arguments: argparse.Namespace) -> int:
@@ -31,7 +29,6 @@ def run_batch(arguments: argparse.Namespace) -> int:
     source, out = arguments.input.expanduser(), arguments.output.expanduser()
     ids = read_ids(source)
     console = Console(stderr=True, highlight=False)
-    failed = 0
     with AnswerFile.open(out) as answers:
         done = sum(custom_id in answers.answered for custom_id in ids)
         if done:
@@ -40,13 +37,12 @@ def run_batch(arguments: argparse.Namespace) -> int:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with _load(settings) as llm, Progress(*columns, console=console) as progress:
                 task = progress.add_task("Requests", total=len(ids), completed=done)
-                for status in Batch(llm, settings.server, answers).run(source):
-                    failed += status != OK
-                    progress.advance(task)
+                for written in Batch(llm, settings.server, answers).run(source):
+                    progress.advance(task, written)
     console.print(f"Written to {out}.", soft_wrap=True, markup=False)
-    if failed:
-        console.print(f"{failed} of {len(ids)} requests have an error in place of an answer.", style="bold red")
-    return 1 if failed else 0
+    if answers.num_errors:
+        console.print(f"{answers.num_errors} of its lines have an error in place of an answer.", style="bold red")
+    return 1 if answers.num_errors else 0
 
 
 def _load(settings: Settings) -> LLM:
@@ -68,20 +64,20 @@ class Batch:
         self._llm = llm
         self._config = config
         self._answers = answers
-        self._statuses: list[int] = []
+        self._written = 0
 
     def run(self, source: Path) -> Iterator[int]:
-        """The HTTP status of each, once its line is written."""
+        """How many lines were written, whenever some were."""
         for job, result in self._llm.stream(self._jobs(source)):
             request, place = cast(tuple[BatchRequest, int], job.key)
             if request.take(place, result):
                 self._write(request.custom_id, request)
-            yield from self._told()
-        yield from self._told()
+            yield self._told()
+        yield self._told()
 
-    def _told(self) -> list[int]:
-        statuses, self._statuses = self._statuses, []
-        return statuses
+    def _told(self) -> int:
+        written, self._written = self._written, 0
+        return written
 
     def _jobs(self, source: Path) -> Iterator[Job]:
         """The requests of the file as there is room for them; a line that is none is answered at once."""
@@ -104,4 +100,4 @@ class Batch:
         except Exception as error:  # noqa: BLE001 – one line's, whatever it is
             status, body = http_error(error).status, error_body(error)
         self._answers.add(custom_id, uuid.uuid4().hex, status, body)
-        self._statuses.append(status)
+        self._written += 1

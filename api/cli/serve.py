@@ -18,6 +18,7 @@ from rich.console import Console
 from api.app import create_app
 from api.cli.arguments import given_settings
 from api.cli.settings import load_settings
+from api.connection import Connection, max_accepted, raise_descriptor_limit
 from api.gateway.keys import KeyFile
 from vlm_serve.config import ServerConfig, Settings
 from vlm_serve.errors import ConfigurationError
@@ -27,6 +28,9 @@ GRACE = 8
 """Seconds that running answers have to end after a first SIGTERM or SIGINT; a second one ends them. Container
 runtimes kill after 10."""
 
+BACKLOG = 2048
+"""Connections that the system keeps until they are accepted."""
+
 FAREWELL = 1.0
 """Seconds that requests cut off at the end have to tell their clients."""
 
@@ -34,6 +38,7 @@ FAREWELL = 1.0
 def serve(arguments: argparse.Namespace) -> int:
     settings = load_settings(given_settings(arguments), os.environ, arguments.config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    raise_descriptor_limit()
     return asyncio.run(run_server(settings, Console()))
 
 
@@ -112,8 +117,9 @@ class Server(uvicorn.Server):
                 app,
                 # Its access log would write URLs, and our phases tell the start-up: `api.request_log` logs requests.
                 access_log=False,
-                # Whatever else is installed: it bounds the head of a request, to 64 KiB.
-                http="h11",
+                # h11, whatever else is installed: it bounds the head of a request, to 64 KiB.
+                http=Connection,
+                backlog=max_accepted(),
                 log_level="warning",
                 log_config=None,
                 lifespan="off",
@@ -121,6 +127,11 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():  # the system's queue, of those who come at once, may be long
+            listener.listen(BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

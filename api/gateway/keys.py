@@ -95,7 +95,11 @@ class KeyFile:
 def _entry(entry: Any, name: str) -> tuple[str, Identity]:
     if not isinstance(entry, dict) or not {"sha256", "tenant"} <= set(entry) <= {"sha256", "tenant", *_PERMISSIONS}:
         raise ConfigurationError(f"{name} must have sha256 and tenant, and may have {' and '.join(_PERMISSIONS)}.")
-    digest, tenant = str(entry["sha256"]).lower(), str(entry["tenant"])
+    for field in ("sha256", "tenant"):
+        # YAML makes 8 of `010` and false of `no`: two tenants would be one.
+        if not isinstance(entry[field], str):
+            raise ConfigurationError(f"{name}: {field} is not text to YAML. Put it in quotes.")
+    digest, tenant = entry["sha256"].lower(), entry["tenant"]
     permissions = {permission: entry.get(permission, False) for permission in _PERMISSIONS}
     if not _DIGEST.fullmatch(digest):
         raise ConfigurationError(f"{name}: sha256 must be 64 hexadecimal digits. vlm-serve make-key prints the line.")

@@ -12,7 +12,7 @@ from api.intake import IncomingRequest, validated
 from api.openapi import described
 from api.schemas import ChatCompletionRequest
 from api.tools import ToolCalling, tool_calling
-from api.wire import chat_input, priority, sampling_params
+from api.wire import chat_input, naming_fields, priority, sampling_params
 from vlm_serve.families.prompt import ToolFormat
 from vlm_serve.types import ChatInput, SamplingParams
 
@@ -27,20 +27,21 @@ async def create_chat_completion(call: IncomingRequest) -> Response:
     asked, calling, chat, sampling = await call.parse(parse)
     call.take_id(asked.request_id)
     call.record.facts |= {"stream": int(bool(asked.stream)), "images": len(chat.images)}
-    run = await call.while_connected(
-        state.llm.chat(
-            chat,
-            model=asked.model,
-            sampling=sampling,
-            # The engine's id is the server's own: two clients may send the same X-Request-Id at once.
-            request_id=uuid.uuid4().hex,
-            tenant=call.identity.tenant,
-            priority=priority(asked.priority, call.identity),
+    with naming_fields(asked):
+        run = await call.while_connected(
+            state.llm.chat(
+                chat,
+                model=asked.model,
+                sampling=sampling,
+                # The engine's id is the server's own: two clients may send the same X-Request-Id at once.
+                request_id=uuid.uuid4().hex,
+                tenant=call.identity.tenant,
+                priority=priority(asked.priority, call.identity),
+            )
         )
-    )
-    generation = Generation([run], state, call.record, call.identity)
-    writer = ChatWriter(asked, calling, run, state.base, int(time.time()))
-    return await respond(generation, writer, call.request.receive, stream=bool(asked.stream))
+        generation = Generation([run], state, call.record, call.identity)
+        writer = ChatWriter(asked, calling, run, state.base, int(time.time()))
+        return await respond(generation, writer, call.request.receive, stream=bool(asked.stream))
 
 
 def _parse(

@@ -12,7 +12,8 @@ from api.intake import Incoming, IncomingRequest, validated
 from api.openapi import described
 from api.schemas import CompletionRequest
 from api.schemas.completions import each_prompt
-from api.wire import priority, sampling_params
+from api.wire import naming_fields, priority, sampling_params
+from vlm_serve.errors import InvalidRequestError
 from vlm_serve.serving.run import Run
 from vlm_serve.types import SamplingParams
 
@@ -26,21 +27,28 @@ async def create_completion(call: IncomingRequest) -> Response:
     asked, sampling = await call.parse(_parse)
     call.take_id(asked.request_id)
     prompts = each_prompt(asked.prompt)
+    _check_number(len(prompts), sampling.n, state.llm.max_answers)
     call.record.facts |= {"stream": int(bool(asked.stream)), "prompts": len(prompts)}
-    runs = await call.while_connected(_admitted(call, asked, sampling, prompts))
-    generation = Generation(runs, state, call.record, call.identity)
-    try:
-        echoes = [await _text(call, asked.model, prompt) for prompt in prompts] if asked.echo else []
-    except BaseException:
-        await generation.close()
-        raise
-    writer = TextWriter(asked, echoes, runs, state.base, int(time.time()))
-    return await respond(generation, writer, call.request.receive, stream=bool(asked.stream))
+    with naming_fields(asked):
+        runs = await call.while_connected(_admitted(call, asked, sampling, prompts))
+        generation = Generation(runs, state, call.record, call.identity)
+        writer = TextWriter(asked, prompts, runs, state.base, int(time.time()))
+        return await respond(generation, writer, call.request.receive, stream=bool(asked.stream))
 
 
 def _parse(body: bytes) -> tuple[CompletionRequest, SamplingParams]:
     asked = validated(CompletionRequest, body)
     return asked, sampling_params(asked)
+
+
+def _check_number(prompts: int, n: int, most: int) -> None:
+    """Raises InvalidRequestError for what would never be let in, however idle the server is."""
+    if prompts > 1 and prompts * n > most:
+        raise InvalidRequestError(
+            f"{prompts} prompts of {n} answers each are {prompts * n} answers at once; this server takes {most}. "
+            "Send fewer in a request.",
+            param="prompt",
+        )
 
 
 async def _admitted(
@@ -65,7 +73,3 @@ async def _admitted(
             await run.aclose()
         raise
     return runs
-
-
-async def _text(call: Incoming, model: str, prompt: str | tuple[int, ...]) -> str:
-    return prompt if isinstance(prompt, str) else await call.state.llm.detokenize(prompt, model=model)

@@ -13,7 +13,7 @@ from api.intake import Incoming, IncomingRequest, validated
 from api.openapi import described
 from api.schemas import EmbeddingRequest
 from api.schemas.completions import each_prompt
-from api.wire import priority
+from api.wire import naming_fields, priority
 from vlm_serve.errors import InvalidRequestError
 from vlm_serve.serving.async_llm import Embedding
 from vlm_serve.types import JsonObject
@@ -29,7 +29,8 @@ async def create_embeddings(call: IncomingRequest) -> Response:
     """Embed each input."""
     asked = await call.parse(partial(validated, EmbeddingRequest))
     call.take_id(asked.request_id)
-    embeddings = await call.while_connected(_embed_all(call, asked))
+    with naming_fields(asked):
+        embeddings = await call.while_connected(_embed_all(call, asked))
     tokens = sum(embedding.prompt_tokens for embedding in embeddings)
     call.record.facts |= {"model": asked.model, "prompt_tokens": tokens}
     return JSONResponse(await asyncio.to_thread(embeddings_json, asked, embeddings, tokens))
@@ -48,6 +49,9 @@ async def _embed_all(call: Incoming, asked: EmbeddingRequest) -> list[Embedding]
                 tenant=call.identity.tenant,
                 priority=urgency,
             )
+        adapter = asked.model if asked.model != call.state.llm.models[0].id else ""
+        figures = call.state.metrics.request(adapter, call.identity.tenant)
+        figures.embedded(found.prompt_tokens, call.record.elapsed)
         check_dimensions(asked, found.vector)
         return found
 

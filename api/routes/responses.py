@@ -11,8 +11,7 @@ from api.generation import Generation, respond
 from api.intake import IncomingRequest, validated
 from api.openapi import described
 from api.schemas import ResponsesRequest
-from api.wire import name_in_input, priority, responses_input, sampling_params
-from vlm_serve.errors import InputError
+from api.wire import naming_fields, priority, responses_input, sampling_params
 from vlm_serve.types import ChatInput, SamplingParams
 
 router = APIRouter()
@@ -25,7 +24,7 @@ async def create_response(call: IncomingRequest) -> Response:
     asked, chat, sampling = await call.parse(partial(_parse, max_images=state.config.max_images))
     call.take_id(asked.request_id)
     call.record.facts |= {"stream": int(bool(asked.stream)), "images": len(chat.images)}
-    try:
+    with naming_fields(asked):
         run = await call.while_connected(
             state.llm.chat(
                 chat,
@@ -36,12 +35,9 @@ async def create_response(call: IncomingRequest) -> Response:
                 priority=priority(asked.priority, call.identity),
             )
         )
-    except InputError as error:
-        name_in_input(error, asked, chat)
-        raise
-    generation = Generation([run], state, call.record, call.identity)
-    writer = ResponseWriter(asked, run, state.base, int(time.time()))
-    return await respond(generation, writer, call.request.receive, stream=bool(asked.stream))
+        generation = Generation([run], state, call.record, call.identity)
+        writer = ResponseWriter(asked, run, state.base, int(time.time()))
+        return await respond(generation, writer, call.request.receive, stream=bool(asked.stream))
 
 
 def _parse(body: bytes, *, max_images: int) -> tuple[ResponsesRequest, ChatInput, SamplingParams]:

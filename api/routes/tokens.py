@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from api.intake import IncomingRequest, validated
 from api.openapi import described
 from api.schemas import DetokenizeRequest, TokenizeRequest
-from api.wire import chat_input
+from api.wire import chat_input, naming_fields
 from vlm_serve.types import ChatInput, JsonObject
 
 router = APIRouter()
@@ -19,10 +19,9 @@ async def tokenize(call: IncomingRequest) -> JsonObject:
     llm = call.state.llm
     asked, prompt = await call.parse(partial(_parse, max_images=call.state.config.max_images))
     model = asked.model or call.state.base.id
-    token_ids = await call.while_connected(llm.tokenize(prompt, model=model))
-    texts = None
-    if asked.return_token_strs:
-        texts = [await llm.detokenize((token_id,), model=model) for token_id in token_ids]
+    with naming_fields(asked):
+        token_ids = await call.while_connected(llm.tokenize(prompt, model=model))
+    texts = await call.while_connected(llm.token_texts(token_ids)) if asked.return_token_strs else None
     return {
         "count": len(token_ids),
         "max_model_len": call.state.base.max_model_len,

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, cast
 
 from pydantic import Field, Strict, StrictBool, StrictStr, model_validator
 
-from api.schemas.fields import CompletionFields, Count, LogprobCount, TokenId
+from api.schemas.fields import CompletionFields, LogprobCount, TokenId
 
 MAX_PROMPTS = 128
 
@@ -28,12 +28,13 @@ def each_prompt(prompts: Prompts) -> list[str | tuple[int, ...]]:
 
 
 class CompletionRequest(CompletionFields):
-    """OpenAI's fields, with vLLM's. `max_tokens` is 16 unless given."""
+    """OpenAI's fields, with vLLM's. `max_tokens` is 16 unless given, and 0 for the echo of a prompt alone."""
 
     IGNORED = CompletionFields.IGNORED - {"parallel_tool_calls"}
     NEUTRAL: ClassVar = {"suffix": ("",)}
 
     prompt: Prompts
+    max_tokens: Annotated[int, Strict(), Field(ge=0, lt=2**31)] | None = None
     best_of: Annotated[int, Strict(), Field(ge=1, lt=2**31)] | None = None
     echo: StrictBool | None = None
     logprobs: LogprobCount | None = None
@@ -43,10 +44,13 @@ class CompletionRequest(CompletionFields):
     def _consistent(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("'best_of' must equal 'n': every answer made is given.")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("'max_tokens' 0 asks for nothing without 'echo': true.")
         if self.add_special_tokens is False:
             raise ValueError("'add_special_tokens' false is not supported. Send token ids.")
         return self
 
     @property
-    def token_limit(self) -> Count:
-        return 16 if self.max_tokens is None else self.max_tokens
+    def token_limit(self) -> int:
+        """The most tokens of an answer. What there is to know of a prompt comes with a first one, asked for or not."""
+        return 16 if self.max_tokens is None else max(1, self.max_tokens)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StrictBool, StrictStr, model_validator
+from pydantic import Field, Strict, StrictBool, StrictStr, model_validator
 
 from api.schemas.fields import Count, GenerationRequest, LogprobCount, Schema, WireModel
 from api.schemas.messages import DicomContent, as_parts, or_text
@@ -60,10 +60,17 @@ class TextOptions(WireModel):
     format: TextFormat | None = None
 
 
+Metadata = Annotated[
+    dict[Annotated[str, Strict(), Field(max_length=64)], Annotated[str, Strict(), Field(max_length=512)]],
+    Field(max_length=16),
+]
+"""Comes back with the response."""
+
+
 class ResponsesRequest(GenerationRequest):
     """OpenAI's fields, with vLLM's of sampling."""
 
-    IGNORED = GenerationRequest.IGNORED - {"store"}
+    IGNORED = GenerationRequest.IGNORED - {"store", "metadata"}
     NEUTRAL: ClassVar = {
         "store": (False,),
         "previous_response_id": (),
@@ -87,6 +94,7 @@ class ResponsesRequest(GenerationRequest):
     max_output_tokens: Count | None = None
     top_logprobs: LogprobCount | None = None
     text: TextOptions | None = None
+    metadata: Metadata | None = None
 
     @model_validator(mode="before")
     @classmethod

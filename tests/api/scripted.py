@@ -99,6 +99,11 @@ class ScriptedRun:
         self._script = script
         self._deltas = iter(script.deltas if script.deltas is not None else hello(n))
 
+    def withhold(self) -> None:
+        """Nothing is run again here."""
+
+    hidden_ids = frozenset({25})
+
     @staticmethod
     def token_bytes(token_id: int) -> bytes:
         """Token 7 is the first two bytes of a euro sign, token 8 its last; others are letters."""
@@ -127,6 +132,7 @@ class ScriptedLLM:
     def __init__(self) -> None:
         self.models = (BASE, ADAPTER)
         self.adapter_slots = 4
+        self.max_answers = 256
         self.engine_restarts = 0
         self.steps: list[Callable[[StepOutput], None]] = []
         self.reset()
@@ -139,6 +145,8 @@ class ScriptedLLM:
         self.stats = EngineStats(2, 1, 5, 20, 100, 60, 8, 4, 1, 90, 100, 50, 20)
         self.refuse_after: int | None = None
         """How many requests are let in before one fails."""
+        self.hold_texts = False
+        self.texts_asked: list[tuple[int, ...]] = []
         self.asked: list[Asked] = []
         self.closed: list[str] = []
         self.waiting = threading.Event()
@@ -207,6 +215,16 @@ class ScriptedLLM:
     async def detokenize(self, token_ids: Sequence[int], *, model: str) -> str:
         self._find(model)
         return "".join(ScriptedRun.token_bytes(token).decode("utf-8", "replace") for token in token_ids)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        self.texts_asked.append(tuple(token_ids))
+        if self.hold_texts:
+            try:
+                self.waiting.set()
+                await asyncio.Event().wait()
+            finally:
+                self.run_closed.set()
+        return [ScriptedRun.token_bytes(token).decode("utf-8", "replace") for token in token_ids]
 
     def _find(self, model: str) -> ServedModel:
         served = next((entry for entry in self.models if entry.id == model), None)

@@ -13,7 +13,7 @@ from api.metrics import MAX_TENANTS, Metrics
 from tests.api.conftest import Scripted, image_body, text_body
 from tests.api.running import connect
 from tests.api.scripted import Script, delta
-from vlm_serve.errors import CorruptImageError, EngineDeadError, RequestFailedError
+from vlm_serve.errors import ContextLengthError, CorruptImageError, EngineDeadError, RequestFailedError
 from vlm_serve.types import EngineStats, FinishReason, StepOutput, TokenLogprobs
 
 STOP = FinishReason.STOP
@@ -195,6 +195,101 @@ def test_an_echo_with_logprobs_begins_with_the_prompts_own(scripted: Scripted) -
     assert scripted.llm.asked[0].params.prompt_logprobs == 1
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_offsets_count_the_characters_of_the_text_before_each_token(scripted: Scripted, stream: bool) -> None:
+    """A euro sign is of two tokens here, and token 25 is a special one, which is no text."""
+    tokens = [(25, "z"), (7, ""), (8, "€"), (3, "d"), (25, ""), (4, "e")]
+    deltas: list[Any] = [delta("", 0, tokens=0)]
+    for count, (token, text) in enumerate(tokens[1:], 1):
+        deltas.append(delta(text, count, STOP if count == 5 else None, logprobs=(logprobs((token, -1.0)),)))
+    prompt = tuple(logprobs((token, -0.25)) for token in range(1, 7))
+    scripted.llm.script = Script(deltas, prompt_logprobs=prompt)
+    body = {"model": "base", "prompt": "bcdefg", "echo": True, "logprobs": 0}
+    shown: list[int] = []
+    text = ""
+    bodies = streamed(scripted, "/v1/completions", body)[:-1] if stream else [complete(scripted, **body).json()]
+    for part in bodies:
+        text += part["choices"][0]["text"]
+        shown += part["choices"][0]["logprobs"]["text_offset"]
+    assert text == "bcdefg€de"
+    assert shown == [0, *range(6), 6, 6, 7, 8, 8]  # the prompt's first token is none of its text, as `<s>`
+
+
+@pytest.mark.parametrize("prompt", ["xyzabcdefg", list(range(20, 30))], ids=["text", "ids"])
+def test_an_echo_of_a_cut_prompt_is_of_the_tokens_that_were_kept(scripted: Scripted, prompt: Any) -> None:
+    kept = tuple(logprobs((token, -0.25)) for token in range(1, 7))
+    scripted.llm.script = Script([delta("d", 1, STOP, logprobs=(logprobs((3, -1.0)),))], prompt_logprobs=kept)
+    asked = {"prompt": prompt, "echo": True, "logprobs": 0, "truncate_prompt_tokens": 7}
+    (choice,) = complete(scripted, **asked).json()["choices"]
+    assert choice["text"] == "".join(choice["logprobs"]["tokens"]) == "abcdefgd"
+    assert choice["logprobs"]["text_offset"] == list(range(8))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_no_tokens_and_an_echo_give_the_prompt_alone(scripted: Scripted, stream: bool) -> None:
+    kept = tuple(logprobs((token, -0.25)) for token in range(1, 7))
+    scripted.llm.script = Script([delta("d", 1, STOP, logprobs=(logprobs((3, -1.0)),))], prompt_logprobs=kept)
+    body: dict[str, Any] = {"model": "base", "prompt": "abcdefg", "echo": True, "logprobs": 0, "max_tokens": 0}
+    if stream:
+        *parts, usage = streamed(scripted, "/v1/completions", body | {"stream_options": {"include_usage": True}})[:-1]
+        assert len(parts) == 1
+        choice, used = parts[0]["choices"][0], usage["usage"]
+    else:
+        whole = complete(scripted, **body).json()
+        choice, used = whole["choices"][0], whole["usage"]
+    assert (choice["text"], choice["finish_reason"], used["completion_tokens"]) == ("abcdefg", "length", 0)
+    assert choice["logprobs"]["token_logprobs"] == [None, *[-0.25] * 6]
+    assert scripted.llm.asked[0].params.max_tokens == 1
+
+
+def test_no_tokens_without_an_echo_are_a_400(scripted: Scripted) -> None:
+    refused = complete(scripted, max_tokens=0)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "engines", "named"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 9}, "max_tokens", None),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9}, "max_tokens", "max_tokens"),
+        ("/v1/completions", {"prompt": "x"}, "messages", "prompt"),
+        ("/v1/embeddings", {"input": "x"}, "messages", "input"),
+        ("/v1/embeddings", {"input": "x"}, "prompt", "input"),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 9}, "max_tokens", "max_output_tokens"),
+        ("/v1/responses", {"input": "x"}, "messages", "input"),
+        ("/v1/responses", {"input": "x"}, "messages[0].content[2]", "input[0].content[2]"),
+        ("/v1/responses", {"input": "x"}, "temperature", "temperature"),
+    ],
+)
+def test_an_error_names_the_field_that_the_request_has(
+    scripted: Scripted, path: str, fields: dict[str, Any], engines: str, named: str | None
+) -> None:
+    scripted.llm.script = Script(refuse=ContextLengthError("Too long.", param=engines))
+    refused = scripted.http.post(path, json={"model": "base"} | fields)
+    assert refused.json()["error"]["param"] == (named or next(name for name in fields if name != "messages"))
+
+
+def test_a_response_gives_its_metadata_back(scripted: Scripted) -> None:
+    body = {"model": "base", "input": "x", "metadata": {"order": "2026-11"}}
+    assert scripted.http.post("/v1/responses", json=body).json()["metadata"] == {"order": "2026-11"}
+    for event in streamed(scripted, "/v1/responses", body):
+        assert event.get("response", body)["metadata"] == {"order": "2026-11"}
+    for bad in ({"a": 1}, {"a": "x" * 513}, {str(number): "" for number in range(17)}):
+        assert scripted.http.post("/v1/responses", json=body | {"metadata": bad}).status_code == 400
+
+
+def test_the_texts_of_a_prompts_tokens_are_one_task_that_ends_with_its_client(scripted: Scripted) -> None:
+    scripted.llm.hold_texts = True
+    body = json.dumps({"prompt": "x", "return_token_strs": True}).encode()
+    client = connect(scripted.url)
+    head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    client.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
+    assert scripted.llm.waiting.wait(10)
+    client.close()
+    assert scripted.llm.run_closed.wait(10)
+    assert scripted.llm.texts_asked == [(1, 2, 3)]
+
+
 def test_a_prompt_refused_ends_the_ones_before_it(scripted: Scripted) -> None:
     scripted.llm.script = Script(hold=True, deltas=[])
     scripted.llm.refuse_after = 2
@@ -342,6 +437,21 @@ def test_embeddings_are_floats_or_the_same_in_base64(scripted: Scripted) -> None
     assert body["usage"] == {"prompt_tokens": 14, "total_tokens": 14}
     packed = embed(scripted, input=["a", "abc"], encoding_format="base64").json()["data"][1]["embedding"]
     assert struct.unpack("<3f", base64.b64decode(packed)) == pytest.approx((0.6, 3, -0.8))
+
+
+def test_an_embedding_is_a_request_in_the_metrics(scripted: Scripted) -> None:
+    def figures() -> dict[str, float]:
+        lines = scripted.http.get("/metrics").text.splitlines()
+        told = [line.rpartition(" ") for line in lines if 'adapter="thorax"' in line]
+        return {name.partition("{")[0]: float(value) for name, _, value in told if "_bucket" not in name}
+
+    before = figures()
+    embed(scripted, model="thorax", input=["a", "abc"])
+    grown = {name.removeprefix("vlm_serve:"): value - before.get(name, 0) for name, value in figures().items()}
+    assert grown["prompt_tokens_total"] == grown["request_prompt_tokens_sum"] == 14
+    assert grown["request_success_total"] == grown["e2e_request_latency_seconds_count"] == 2
+    assert grown["e2e_request_latency_seconds_sum"] > 0
+    assert 'waiting_lora_adapters=""' in _lora(scripted)
 
 
 def test_dimensions_may_only_say_what_there_is(scripted: Scripted) -> None:

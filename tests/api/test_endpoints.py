@@ -39,8 +39,9 @@ def test_completions_logprobs_cover_the_echoed_prompt(served: Served, stream: bo
         model="tiny", prompt="No effusion", max_tokens=3, temperature=0, echo=True, logprobs=2, stream=stream,
         extra_body={"ignore_eos": True, "skip_special_tokens": False},
     )  # fmt: skip
-    tokens, values, offsets, tops = [], [], [], []
+    text, tokens, values, offsets, tops = "", [], [], [], []
     for part in made if stream else [made]:
+        text += part.choices[0].text
         logprobs = part.choices[0].logprobs
         tokens += logprobs.tokens
         values += logprobs.token_logprobs
@@ -49,7 +50,9 @@ def test_completions_logprobs_cover_the_echoed_prompt(served: Served, stream: bo
     assert len(tokens) == len(ids_of(served, "No effusion")) + 3
     assert values[0] is None
     assert all(value <= 0 for value in values[1:])
-    assert offsets == [len("".join(tokens[:place])) for place in range(len(tokens))]
+    assert (tokens[0], offsets[0]) == ("<s>", 0)  # it is no text of the prompt's
+    assert all(text.startswith(token.strip("\ufffd"), at) for token, at in zip(tokens[1:], offsets[1:], strict=True))
+    assert "".join(tokens[1:-3]) == text[: offsets[-3]] == "No effusion"
     assert all(1 <= len(top) <= 3 for top in tops[1:])  # two tokens may be written alike
 
 

@@ -20,7 +20,9 @@ from api.app import create_app
 from tests.api.running import running
 from tests.api.test_served import asking, image_part, png
 from tests.serving.orders import HOLD_IN_STEP, HOLD_LATER, KILL_IN_STEP, Orders, eventually, obeyed
+from tests.serving.test_async_llm import engine_process
 from vlm_serve.config import EngineConfig, IngestConfig, ModelConfig, Settings
+from vlm_serve.serving import async_llm
 from vlm_serve.serving.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.anyio
@@ -218,6 +220,52 @@ async def test_a_client_that_leaves_while_it_is_answered(server: Server, stream:
     assert server.steps(HOLD_LATER) < LONG
 
 
+async def test_an_answer_that_is_not_streamed_outlives_the_engine_and_a_stream_is_told(server: Server) -> None:
+    """`n` answers on one row come one after the other: the first has ended when the engine dies."""
+    several = {"model": "tiny", "prompt": ["The chest", "The heart"], "n": 2, "max_tokens": 60, "logprobs": 1}
+    several |= {"ignore_eos": True, "seed": HOLD_LATER, "temperature": 0.8}
+    undisturbed = (await server.http.post("/v1/completions", json=several)).json()
+    before = await server.metrics()
+    asked = asyncio.create_task(server.http.post("/v1/completions", json=several))
+    running = server.llm._engine._submissions
+    await eventually(lambda: any(len(one.unfinished) == 1 for one in running.values()))
+    with server.orders.held("later step"):
+        stream = server.ask(NEXT, stream=True)
+        await eventually(lambda: server.in_engine == 3)
+        engine_process(server.llm).send_signal(signal.SIGKILL)
+        await eventually(lambda: not server.llm.is_ready)
+    answer = (await asked).json()
+    assert [(choice["text"], choice["logprobs"]) for choice in answer["choices"]] == [
+        (choice["text"], choice["logprobs"]) for choice in undisturbed["choices"]
+    ]
+    assert answer["usage"]["completion_tokens"] == undisturbed["usage"]["completion_tokens"] == 240
+    assert (await stream).status_code == 200
+    after = await server.metrics()
+    told = {name: after[name] - before[name] for name in ("request_success_total", "time_to_first_token_seconds_count")}
+    assert told == {"request_success_total": 4 + 1, "time_to_first_token_seconds_count": 2 + 1}
+
+
+async def test_a_stream_that_has_begun_is_told_that_the_engine_died(server: Server) -> None:
+    body = {"model": "tiny", "messages": asking(text="The chest"), "max_tokens": LONG, "ignore_eos": True}
+    async with server.http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as response:
+        lines = response.aiter_lines()
+        async for line in lines:
+            if '"content": "' in line.replace('":"', '": "') and '"content":""' not in line:
+                break
+        engine_process(server.llm).send_signal(signal.SIGKILL)
+        rest = [line async for line in lines]
+    assert '"code":"engine_unavailable"' in rest[-2] + rest[-1]
+
+
+async def test_the_figures_are_told_while_the_engine_is_busy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_llm, "HEALTH_TIMEOUT", 10_000.0)
+    with server.orders.held("step"):
+        client = server.ask(HOLD_IN_STEP, stream=False, max_tokens=4)
+        await eventually(lambda: server.steps(HOLD_IN_STEP) == 1)
+        assert "num_requests_running" in await server.metrics()
+    assert (await client).status_code == 200
+
+
 async def test_a_request_that_kills_the_engine_is_refused_and_told_so(server: Server) -> None:
     """Row 25 of engines.md: the server lives, and the next request is answered."""
     before = await server.metrics()
@@ -225,8 +273,7 @@ async def test_a_request_that_kills_the_engine_is_refused_and_told_so(server: Se
     assert response.status_code == 500
     assert response.json() == {
         "error": {
-            "message": "The engine stopped twice while it ran this request alone; it is not run again. "
-            "Tell your operator.",
+            "message": "The engine stopped twice over this request; it is not run again. Tell your operator.",
             "type": "server_error",
             "param": None,
             "code": "request_refused",

@@ -163,11 +163,11 @@ def test_only_allowed_tokens_come(served: Served) -> None:
 
 
 def test_a_bad_word_does_not_come(served: Served) -> None:
-    allowed = ids_of(served, "chest")[1:]
-    free = chat(served, allowed_token_ids=allowed, ignore_eos=True)
-    kept = chat(served, allowed_token_ids=[*allowed, *ids_of(served, "9")[1:]], bad_words=["chest"], ignore_eos=True)
-    assert "chest" in text(free) or len(allowed) > 1
-    assert "chest" not in text(kept)
+    (eight,), (nine,) = ids_of(served, "8")[1:], ids_of(served, "9")[1:]
+    fields = {"allowed_token_ids": [eight, nine], "logit_bias": {str(nine): 100}, "ignore_eos": True}
+    assert text(chat(served, **fields)) == "99999999"
+    assert text(chat(served, **fields, bad_words=["9"])) == "88888888"
+    assert text(chat(served, **fields, bad_words=["99"])) == "98989898"
 
 
 @pytest.mark.parametrize(
@@ -285,19 +285,52 @@ def test_json_object_gives_an_object(served: Served, fields: dict[str, Any]) -> 
     assert text(chat(served, **fields, max_tokens=8)).lstrip().startswith("{")
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"structured_outputs": {"json": {"type": "no such type"}}},
-        {"structured_outputs": {"regex": "("}},
-        {"structured_outputs": {"grammar": "start: nothing"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}},
-    ],
-    ids=["schema", "regex", "grammar", "response_format"],
-)
-def test_a_bad_schema_is_a_400(served: Served, fields: dict[str, Any]) -> None:
-    with pytest.raises(openai.BadRequestError):
-        chat(served, **fields)
+DOUBLING = "start: t40\n" + "".join(f"t{i}: t{i - 1} t{i - 1}\n" for i in range(1, 41)) + 't0: "a"'
+"""Every letter doubles what is still possible: it fails on the way."""
+
+BAD_STRUCTURES: list[dict[str, Any]] = [
+    {"structured_outputs": {"json": {"type": "no such type"}}},
+    {"structured_outputs": {"json": r'{"enum": ["\ud800"]}'}},
+    {"structured_outputs": {"regex": "("}},
+    {"structured_outputs": {"regex": r"[^\s\S]"}},
+    {"structured_outputs": {"choice": ["yes", "no"]}, "allowed_token_ids": [70]},
+    {"structured_outputs": {"grammar": "start: nothing"}},
+    {"structured_outputs": {"grammar": DOUBLING}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}},
+    {"guided_json": {"type": "array", "uniqueItems": True}},
+    {"guided_regex": "("},
+    {"guided_choice": ["yes", ""]},
+    {"guided_grammar": DOUBLING},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}]},
+]
+
+
+@both
+@pytest.mark.parametrize("fields", BAD_STRUCTURES, ids=lambda fields: str(fields)[:60])
+def test_a_structure_that_no_answer_can_have_is_a_400_that_names_its_field(
+    served: Served, fields: dict[str, Any], stream: bool
+) -> None:
+    with pytest.raises(openai.APIError) as refusal:
+        chat(served, **fields, stream=stream)
+    assert (refusal.value.type, refusal.value.param) == ("invalid_request_error", next(iter(fields)))
+    if not stream or "t40" not in str(fields):  # a stream has begun by then
+        assert isinstance(refusal.value, openai.BadRequestError)
+
+
+def test_a_responses_format_that_cannot_be_used_is_named(served: Served) -> None:
+    bad: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"type": 7}}}
+    with pytest.raises(openai.BadRequestError) as refusal:
+        served.client.responses.create(model="tiny", input=PROMPT, text=bad)
+    assert refusal.value.param == "text.format"
+
+
+def test_an_object_of_a_thousand_properties_is_answered(served: Served) -> None:
+    properties = {f"p{number}": {"type": "string"} for number in range(1000)}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    brace, quote = (ids_of(served, letter)[-1] for letter in '{"')
+    wishes = {"logit_bias": {str(brace): 50, str(quote): 100}}
+    answer = chat(served, structured_outputs={"json": schema}, max_tokens=16, **wishes)
+    assert text(answer).startswith('{"p')
 
 
 @both
@@ -316,8 +349,12 @@ def test_a_required_call_is_one_of_a_function_with_arguments_of_its_schema(
 
 @both
 def test_auto_leaves_the_model_free(served: Served, stream: bool) -> None:
-    (one,) = chat(served, tools=TOOLS, tool_choice="auto", stream=stream).choices
-    assert one.message.content or one.message.tool_calls
+    text_alone: dict[str, Any] = {"allowed_token_ids": ids_of(served, "9")[1:], "ignore_eos": True}
+    (one,) = chat(served, tools=TOOLS, tool_choice="auto", stream=stream, **text_alone).choices
+    assert (one.message.content, one.message.tool_calls or []) == ("99999999", [])
+    with pytest.raises(openai.BadRequestError) as refusal:
+        chat(served, tools=TOOLS, tool_choice="required", stream=stream, **text_alone)
+    assert refusal.value.param == "tools"
 
 
 def test_a_call_and_its_result_are_shown_to_the_model(served: Served) -> None:

@@ -179,6 +179,22 @@ def test_make_key_prints_a_key_and_the_line_that_lets_it_in(tmp_path: Path, caps
     assert keys[0] not in path.read_text()
 
 
+@pytest.mark.parametrize("tenant", ["010", "8", "no", "1e3", "2026-11-21"])
+def test_the_line_of_a_tenant_that_yaml_takes_for_something_else_is_read_as_written(
+    tmp_path: Path, tenant: str
+) -> None:
+    key, line = make_key(tenant)
+    path = tmp_path / "keys.yaml"
+    path.write_text(line)
+    assert KeyFile.read(path).identify(key) == Identity(tenant, stat=False, metrics=False)
+
+
+def test_a_digest_of_digits_alone_is_read_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- {{sha256: '{'1' * 64}', tenant: a}}")
+    assert KeyFile.read(path).tenants == ("a",)
+
+
 def test_two_keys_are_never_alike() -> None:
     assert len({make_key("radiology")[0] for _ in range(100)}) == 100
 
@@ -192,6 +208,10 @@ def test_two_keys_are_never_alike() -> None:
         ("- {tenant: a}", "Entry 1 of .* must have sha256 and tenant"),
         ("- {sha256: abc, tenant: a}", "64 hexadecimal digits"),
         ("- {sha256: '" + "a" * 64 + "', tenant: 'a b'}", "tenant must be a word"),
+        ("- {sha256: '" + "a" * 64 + "', tenant: 010}", "tenant is not text to YAML"),
+        ("- {sha256: '" + "a" * 64 + "', tenant: no}", "tenant is not text to YAML"),
+        ("- {sha256: '" + "a" * 64 + "', tenant: 2026-11-21}", "tenant is not text to YAML"),
+        ("- {sha256: " + "1" * 64 + ", tenant: a}", "sha256 is not text to YAML"),
         ("- {sha256: '" + "a" * 64 + "', tenant: a, stat: 1}", "must be true or false"),
         ("- {sha256: '" + "a" * 64 + "', tenant: a, admin: true}", "may have stat and metrics"),
         (("- {sha256: '" + "a" * 64 + "', tenant: a}\n") * 2, "Entry 2 .* the key of an entry before it"),

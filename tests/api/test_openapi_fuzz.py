@@ -1,5 +1,6 @@
 """The document of the API against the server: whatever schemathesis makes of it, no answer is a 5xx."""
 
+import asyncio
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,10 @@ from api.app import create_app
 from api.routes import chat, completions, embeddings, health, metrics, models, responses, tokens
 from tests.api.conftest import Served
 from tests.api.running import as_is, running
-from tests.api.scripted import BASE, HERMES, ScriptedLLM
+from tests.api.scripted import BASE, HERMES, Asked, ScriptedLLM, ScriptedRun
+from tests.checkpoints import VOCAB_SIZE, make_tokenizer
 from vlm_serve.config import ServerConfig
+from vlm_serve.engine.structured import Structures
 from vlm_serve.serving.served_model import ServedModel
 
 BOUNDED = settings(
@@ -24,6 +27,7 @@ BOUNDED = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+REFUSALS = {400, 401, 403, 404, 405, 413, 415, 422}
 DOCUMENT = create_app(ScriptedLLM(), ServerConfig()).openapi()  # type: ignore[arg-type]
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS = [(path, method) for path, item in DOCUMENT["paths"].items() for method in item]
@@ -31,11 +35,20 @@ WITH_A_BODY = [(path, method) for path, method in OPERATIONS if method == "post"
 
 
 class AnyModel(ScriptedLLM):
-    """Serves under every name, so that made-up requests come as far as an answer."""
+    """Serves under every name, so that made-up requests come as far as an answer; what the answer is to match is
+    compiled as for a real one.
+    """
+
+    structures = Structures(make_tokenizer().backend_tokenizer, VOCAB_SIZE, (2,))
 
     def reset(self) -> None:
         super().reset()
         self.tool_format = HERMES
+
+    async def _admit(self, asked: Asked, model: str, images: int) -> ScriptedRun:
+        if asked.sampling is not None and (spec := asked.sampling.structured_outputs) is not None:
+            await asyncio.to_thread(self.structures.compile_grammar, spec)
+        return await super()._admit(asked, model, images)
 
     def _find(self, model: str) -> ServedModel:
         return BASE
@@ -52,10 +65,11 @@ def fuzz(operation: tuple[str, str], url: str, kind: GenerationMode, examples: i
     """Sends made-up requests of one operation.
 
     Args:
-        kind: as the document has them, or not.
+        kind: as the document has them, or not: those are refused.
         model: the one to ask for, for few tokens.
     """
     path, method = operation
+    statuses: set[int] = set()
 
     @settings(BOUNDED, max_examples=examples)
     @given(case=SCHEMA[path][method].as_strategy(generation_mode=kind))
@@ -67,8 +81,12 @@ def fuzz(operation: tuple[str, str], url: str, kind: GenerationMode, examples: i
                     case.body[limit] = 3
         response = case.call(base_url=url, timeout=60)
         case.validate_response(response, checks=[not_a_server_error])
+        statuses.add(response.status_code)
 
     send()
+    assert statuses
+    if kind is GenerationMode.NEGATIVE:
+        assert statuses <= REFUSALS
 
 
 def test_the_document_has_every_endpoint() -> None:

@@ -1,8 +1,11 @@
 """`vlm-serve run-batch`: each line answered once, as the API answers it, also over a run that was killed."""
 
 import base64
+import codecs
 import json
+import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,8 +18,8 @@ import pytest
 from pydicom.data import get_testdata_file
 from transformers import PreTrainedTokenizerFast
 
-from api.cli import main
-from api.cli.batch_file import AnswerFile, read_ids
+from api.cli import batch_file, main
+from api.cli.batch_file import AnswerFile, read_ids, read_lines
 from api.cli.batch_request import URLS
 from tests.api.conftest import Served
 from tests.checkpoints import CHAT_TEMPLATE, IMAGE_TOKEN, VOCAB_SIZE, make_timm_vlm
@@ -266,6 +269,32 @@ def test_a_run_that_is_done_loads_no_model_and_changes_nothing(
     assert "2 of 2 requests are answered already" in capsys.readouterr().err
 
 
+def test_what_the_engine_failed_at_is_tried_again_and_what_was_refused_is_not(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", LONG[:3]), tmp_path / "out.jsonl"
+    refused, failed, unanswered = (one["custom_id"] for one in LONG[:3])
+    with AnswerFile.open(out) as file:
+        file.add(refused, "0", 400, {})
+        file.add(failed, "0", 500, {})
+    assert run(served, source, out) == 1
+    assert "1 of its lines" in capsys.readouterr().err
+    assert {name: one["response"]["status_code"] for name, one in answers(out).items()} == {
+        refused: 400,
+        failed: 200,
+        unanswered: 200,
+    }
+    before = out.read_bytes()
+    assert main(["run-batch", "--model", str(tmp_path / "no such model"), str(source), str(out)]) == 1
+    assert out.read_bytes() == before
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_request(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", LONG[:2])
+    source.write_bytes(codecs.BOM_UTF8 + source.read_bytes())
+    assert read_ids(source) == [line.custom_id for line in read_lines(source)] == ["request-0", "request-1"]
+
+
 def test_ctrl_c_keeps_what_is_answered(served: Served, tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", LONG), tmp_path / "out.jsonl"
     with start(served, source, out) as process:
@@ -282,13 +311,19 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out.jsonl"
 
 
+ANSWERED = b'{"id":"batch_req_1","custom_id":"a","response":{"status_code":200},"error":null}\n'
+
+
 @pytest.mark.parametrize(
     "there",
     [
         b"my notes\n",
         b"my notes, without an end",
         b'{"custom_id": "a", "method": "POST"}\n',
-        b'{"id":"batch_req_1","custom_id":"a","response":{},"error":null}\nnothing\n',
+        ANSWERED + b"nothing\n",
+        b'{"id":"batch_req_2","custom_id":"b","resp\n',
+        ANSWERED + b'{"id":"batch_req_2\0\0\0\n' + ANSWERED,
+        ANSWERED + b"\0\0\0\nnothing\n",
     ],
 )
 def test_a_file_that_is_no_file_of_answers_is_left_as_it_is(out: Path, there: bytes) -> None:
@@ -298,7 +333,17 @@ def test_a_file_that_is_no_file_of_answers_is_left_as_it_is(out: Path, there: by
     assert out.read_bytes() == there
 
 
-@pytest.mark.parametrize("half", [b"{", b'{"id":"batch_req_77","custom_id":"b","resp', b""])
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"{",
+        b'{"id":"batch_req_77","custom_id":"b","resp',
+        b"",
+        b"\0" * 4096,
+        b'{"id":"batch_req_77","cus\0\0\0\0',
+        b'{"id":"batch_req_77","cus\0\0\0\0,"error":null}\n{"id":"batch_re',
+    ],
+)
 def test_half_a_line_at_the_end_is_dropped(out: Path, half: bytes) -> None:
     with AnswerFile.open(out) as file:
         file.add("a", "0", 200, {"text": "Größe"})
@@ -310,6 +355,65 @@ def test_half_a_line_at_the_end_is_dropped(out: Path, half: bytes) -> None:
         assert out.read_bytes().startswith(whole)
         assert out.read_bytes().count(b"\n") == 2  # handed over as it came
     assert list(answers(out)) == ["a", "b"]
+
+
+def test_a_new_file_of_answers_is_its_owners(out: Path) -> None:
+    with AnswerFile.open(out):
+        assert stat.S_IMODE(out.stat().st_mode) == 0o600
+
+
+def test_answers_are_forced_onto_the_disk_from_time_to_time_and_at_the_end(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced, force = [], os.fsync
+
+    def watched(descriptor: int) -> None:
+        force(descriptor)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            forced.append(out.read_bytes().count(b"\n"))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with AnswerFile.open(out) as file:
+        monkeypatch.setattr(batch_file, "SYNC_SECONDS", 3600.0)
+        for name in "abc":
+            file.add(name, "0", 200, {})
+        assert forced == [0]
+        monkeypatch.setattr(batch_file, "SYNC_SECONDS", 0.0)
+        file.add("d", "0", 200, {})
+        assert forced == [0, 4]
+        monkeypatch.setattr(batch_file, "SYNC_SECONDS", 3600.0)
+        file.add("e", "0", 200, {})
+    assert forced == [0, 4, 5]
+
+
+def test_a_line_that_failed_for_our_fault_makes_way_for_another_answer(out: Path) -> None:
+    with AnswerFile.open(out) as file:
+        for name, status in (("a", 200), ("b", 500), ("c", 400), ("d", 503)):
+            file.add(name, "0", status, {"name": name})
+        assert file.num_errors == 3
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines) + lines[0][:40])
+    out.chmod(0o640)
+    with AnswerFile.open(out) as file:
+        assert (file.answered, file.num_errors) == ({"a", "c"}, 1)
+        assert out.read_bytes() == lines[0] + lines[2]
+        with pytest.raises(InvalidRequestError, match="Another run"), AnswerFile.open(out):
+            pass
+        file.add("b", "1", 200, {})
+        file.add("d", "1", 200, {})
+    assert list(answers(out)) == ["a", "c", "b", "d"]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o640  # as somebody has set it
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_run_that_waited_for_a_file_which_was_replaced_does_not_write_to_the_old_one(out: Path) -> None:
+    with AnswerFile.open(out) as file:
+        file.add("a", "0", 500, {})
+    with out.open("r+b") as old:
+        with AnswerFile.open(out):
+            pass
+        with pytest.raises(InvalidRequestError, match="Another run"):
+            batch_file._lock(old, out)
 
 
 def test_two_runs_do_not_write_to_one_file(out: Path) -> None:

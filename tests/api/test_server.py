@@ -130,6 +130,18 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
     assert not honours_proxy("http://[::1]:8000")
 
 
+def test_more_answers_than_the_server_ever_takes_at_once_are_refused_with_the_bound(scripted: Scripted) -> None:
+    most = scripted.llm.max_answers
+    fitting = {"model": "base", "prompt": ["The chest"] * (most // 4), "n": 4, "max_tokens": 2}
+    assert len(scripted.http.post("/v1/completions", json=fitting).json()["choices"]) == most
+    scripted.llm.reset()
+    one_more = fitting | {"prompt": [*fitting["prompt"], "shows"]}
+    response = scripted.http.post("/v1/completions", json=one_more)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+    assert f"takes {most}." in response.json()["error"]["message"]
+    assert not scripted.llm.asked
+
+
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "top_k", "seed"])
 @pytest.mark.parametrize("value", [10**30, 2**64, 2**63 - 1])
 def test_a_number_that_no_array_holds_is_refused_by_name(scripted: Scripted, field: str, value: int) -> None:

@@ -24,6 +24,8 @@ def assert_books_agree(one: Scheduler) -> None:
     assert set(blocks._free) == set(range(blocks.num_blocks)) - set(held)
     assert {block: known for known, block in blocks._block_of.items()} == blocks._hash_of
     assert blocks.tokens_live == sum(blocks._live) <= blocks.tokens_allocated == len(held) * blocks.block_size
+    if set(blocks.windows) == {None}:
+        assert blocks._live == _written(one)
     for sequence in one.running:
         assert 0 <= sequence.computed < len(sequence.token_ids) <= one.max_model_len
         assert sequence.computed <= len(sequence.block_table) * blocks.block_size
@@ -49,6 +51,16 @@ def assert_books_agree(one: Scheduler) -> None:
     assert alive == set(waiting) | set(one.running)
     assert len(alive) == len(waiting) + len(one.running)
     assert all(sequence.finish_reason is None for sequence in alive)
+
+
+def _written(one: Scheduler) -> list[int]:
+    """How many places of each block the running sequences have written, where no window passes any."""
+    size, written = one.blocks.block_size, [0] * one.blocks.num_blocks
+    for sequence in one.running:
+        for index, entry in enumerate(sequence.block_table):
+            for block in entry:
+                written[block] = max(written[block], min(size, sequence.computed - index * size))
+    return written
 
 
 def assert_parts_no_span(sequence: Sequence, position: int) -> None:
@@ -102,8 +114,11 @@ class Machine:
         self.content: dict[tuple[int, int], int] = {}
 
     def lose(self, batch: ScheduledBatch) -> None:
-        """A step that fails before it brings anything to the device."""
+        """A step that fails, as it may at its beginning and at its end; the runner keeps none of its images."""
         self.embeddings.difference_update(batch.evict_images)
+        if self.rng.random() < 0.5:
+            self._take_in(batch)
+            self.embeddings.difference_update(key for key, _ in batch.encode)
 
     def run(self, batch: ScheduledBatch) -> StepResult:
         self._assert_budgets(batch)

@@ -49,8 +49,8 @@ def break_the_encoder_for(engine: Engine, digest: str, monkeypatch: pytest.Monke
 
 @dataclass
 class Run:
-    """One request: what the engine computed for it. `logits` by position, as far as it was computed, in `chunks`
-    `[begin, end)`.
+    """One request: what the engine computed for it, in `chunks` `[begin, end)`, and the `logits`, by position, of what
+    its last layer gave: where a token is drawn, and every position of a prompt whose log-probabilities were asked for.
     """
 
     prompt: Prompt
@@ -62,6 +62,8 @@ class Run:
 
 
 class Harness:
+    """An engine as it serves, of which every step is looked at."""
+
     def __init__(self, folder: Path, *, adapters: Path | None = None, kv_blocks: int = 512, **config: Any) -> None:
         self.family = load_family(folder)
         self.store = AdapterStore(adapters)
@@ -79,31 +81,24 @@ class Harness:
         self._run_batch = self.engine.runner.run
         self.engine.runner.run = self._record  # type: ignore[method-assign]
         self.engine.runner.model.decoder.register_forward_hook(self._keep_hidden)
-        self.compute_all_outputs(True)
-
-    def compute_all_outputs(self, every: bool) -> None:
-        """Whether the last layer gives every position, so that its logits can be compared; an engine left to itself
-        gives those that it needs.
-        """
-        head = self.engine.runner._head
-        if every:
-            head.outputs = lambda batch: batch.counts  # type: ignore[method-assign]
-        else:
-            del head.outputs
 
     def _keep_hidden(self, module: Any, arguments: Any, hidden: torch.Tensor) -> None:
         self._hidden = hidden
 
     def _record(self, batch: ScheduledBatch) -> StepResult:
-        """Runs a batch and keeps the logits of all its positions, not of the last ones alone."""
+        """Runs a batch and keeps the logits of what the last layer gave of it."""
         result = self._run_batch(batch)
         self.steps.append(batch)
+        runner = self.engine.runner
         with torch.inference_mode():
-            logits = iter(self.engine.runner.model.decoder.logits(self._hidden).cpu())
-        for row, start, count in zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True):
+            logits = iter(runner.model.decoder.logits(self._hidden).cpu() if len(self._hidden) else [])
+        ends = (batch.starts + batch.counts).tolist()
+        outputs = runner._head.outputs(batch).tolist()
+        for row, start, end, given in zip(batch.rows.tolist(), batch.starts.tolist(), ends, outputs, strict=True):
             run = self._runs[self.engine.scheduler._by_row[row].request.request_id]
-            run.chunks.append((start, start + count))
-            run.logits.update((position, next(logits)) for position in range(start, start + count))
+            run.chunks.append((start, end))
+            run.logits.update((position, next(logits)) for position in range(end - given, end))
+        assert next(logits, None) is None
         return result
 
     def set(self, **config: Any) -> None:
@@ -122,14 +117,15 @@ class Harness:
         max_tokens: int | Sequence[int] = 8,
         adapters: Sequence[str | None] | None = None,
         salt: str = "",
-        prompt_logprobs: bool = False,
+        prompt_logprobs: bool | Sequence[bool] = False,
     ) -> list[Run]:
         """Runs the prompts together, greedily, to the end."""
-        sampling = SamplingParams(temperature=0, ignore_eos=True, prompt_logprobs=0 if prompt_logprobs else None)
+        sampling = SamplingParams(temperature=0, ignore_eos=True)
         self._runs = {str(index): Run(prompt) for index, prompt in enumerate(prompts)}
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        for (name, run), limit, adapter in zip(
-            self._runs.items(), limits, adapters or [None] * len(prompts), strict=True
+        asked = [prompt_logprobs] * len(prompts) if isinstance(prompt_logprobs, bool) else prompt_logprobs
+        for (name, run), limit, adapter, is_asked in zip(
+            self._runs.items(), limits, adapters or [None] * len(prompts), asked, strict=True
         ):
             folder = None if adapter is None else self.store.get(adapter)
             self.engine.add(
@@ -137,7 +133,7 @@ class Harness:
                     request_id=name,
                     token_ids=run.prompt.token_ids,
                     images=run.prompt.images,
-                    sampling=replace(sampling, max_tokens=limit),
+                    sampling=replace(sampling, max_tokens=limit, prompt_logprobs=0 if is_asked else None),
                     adapter=None if folder is None else folder.digest,
                     cache_salt=salt,
                 )
@@ -150,7 +146,9 @@ class Harness:
                 self._runs[output.request_id].prompt_logprobs += output.prompt_logprobs
                 self._runs[output.request_id].cached_tokens = output.cached_tokens
         runs = list(self._runs.values())
-        assert all(len(run.prompt_logprobs) == prompt_logprobs * (len(run.prompt.token_ids) - 1) for run in runs)
+        for run, is_asked in zip(runs, asked, strict=True):
+            assert len(run.prompt_logprobs) == is_asked * (len(run.prompt.token_ids) - 1)
+            assert not is_asked or run.logits.keys() >= set(range(len(run.prompt.token_ids)))
         return runs
 
     @property
@@ -178,7 +176,7 @@ def reference_logits(model: Any, run: Run) -> torch.Tensor:
 
 
 def assert_parity(model: Any, run: Run) -> float:
-    """Every logit that the engine computed equals transformers', but for those of guesses past the end; so does every
+    """Every logit that the engine gave equals transformers', but for those of guesses past the end; so does every
     log-probability of the prompt, if they were asked for, and each token is transformers' choice.
 
     Returns the largest difference of logits.

@@ -6,7 +6,7 @@ import pytest
 from tests.engine.books import Machine, assert_books_agree, assert_empty, fake_logprobs
 from tests.engine.requests import image, request
 from tests.engine.test_scheduler import draw, finish, scheduler, step
-from vlm_serve.engine.batch import ScheduledBatch, StepResult
+from vlm_serve.engine.batch import Failure, ScheduledBatch, StepResult
 from vlm_serve.engine.encoder_cache import EncoderCache
 from vlm_serve.engine.scheduler import Scheduler
 from vlm_serve.types import FinishReason, TokenOutput
@@ -154,10 +154,10 @@ def test_an_answer_that_cannot_go_on_ends_its_request_and_no_other():
     one.add(request("a", 4))
     one.add(request("b", [5] * 4))
     batch = one.schedule()
-    outputs = one.update(batch, StepResult(((), (7,)), failed={int(batch.rows[0]): "no word fits"}))
-    assert [(o.request_id, o.error, o.finish_reason) for o in outputs] == [
-        ("b", None, None),
-        ("a", "no word fits", FinishReason.ERROR),
+    outputs = one.update(batch, StepResult(((), (7,)), failed={int(batch.rows[0]): Failure("no word fits", "stop")}))
+    assert [(o.request_id, o.error, o.error_param, o.finish_reason) for o in outputs] == [
+        ("b", None, None, None),
+        ("a", "no word fits", "stop", FinishReason.ERROR),
     ]
     assert_books_agree(one)
     assert list(finish(one)) == ["b"]

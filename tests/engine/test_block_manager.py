@@ -126,6 +126,14 @@ def test_free_blocks_without_content_are_handed_out_before_cached_ones(blocks):
     assert len(blocks.find_prefix(sequence(13))) == 3
 
 
+def test_a_freed_block_without_content_is_handed_out_before_cached_ones_freed_earlier():
+    blocks = BlockManager(3, BLOCK)
+    blocks.release(compute(blocks, sequence(8)))
+    blocks.release(compute(blocks, sequence([7] * 3)))
+    compute(blocks, sequence([8] * 3))
+    assert len(blocks.find_prefix(sequence(9))) == 2
+
+
 def test_a_block_handed_out_again_is_no_longer_found(blocks):
     blocks.release(compute(blocks, sequence(12)))
     other = sequence([7] * 64)
@@ -312,6 +320,13 @@ def test_a_shared_block_is_live_once_and_a_token_behind_the_window_is_not():
     blocks = BlockManager(64, BLOCK, windows=(6,))
     compute(blocks, sequence(15))  # the next query sees positions 10 to 15
     assert (blocks.tokens_live, blocks.tokens_allocated) == (5, 8)
+
+
+def test_a_cached_block_that_a_hit_takes_is_live_again(blocks):
+    blocks.release(compute(blocks, sequence(12)))
+    assert (blocks.tokens_live, blocks.tokens_allocated) == (0, 0)
+    blocks.admit(again := sequence(12), blocks.find_prefix(again))
+    assert (blocks.tokens_live, blocks.tokens_allocated) == (8, 8)
 
 
 class Books(RuleBasedStateMachine):

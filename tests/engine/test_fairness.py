@@ -5,7 +5,7 @@ import pytest
 from tests.engine.books import assert_books_agree, assert_empty
 from tests.engine.requests import image, request
 from tests.engine.test_scheduler import finish, scheduler, step
-from vlm_serve.engine.preemption import MAX_PREEMPTIONS, enough_of
+from vlm_serve.engine.preemption import MAX_PREEMPTIONS, enough_of, give_way
 from vlm_serve.engine.scheduler import PATIENCE, Scheduler
 from vlm_serve.engine.sequence import Sequence
 from vlm_serve.engine.tenants import GENERATED_WEIGHT, TokenCounters
@@ -86,6 +86,83 @@ def test_nobody_gives_way_for_a_slot_to_one_that_finds_no_blocks():
     assert running(one) == ["first", "routine"]
     finish(one)
     assert_empty(one)
+
+
+def test_nobody_gives_way_to_a_stat_image_that_finds_no_room_in_the_cache():
+    one = scheduler(max_num_seqs=2, max_model_len=64, encoder_cache_tokens=40)
+    one.add(request("routine", 4, max_tokens=40))
+    step(one)
+    one.add(request("first", [7] * 40, images=[(0, image(1, num_tokens=40))], max_tokens=2, priority=STAT))
+    step(one)
+    one.add(request("second", [8] * 8, images=[(0, image(2))], max_tokens=2, priority=STAT))
+    for _ in range(2):  # the first one's image is not passed yet
+        _, outputs = step(one)
+        assert "routine" in {output.request_id for output in outputs}
+        assert (running(one)[0], one.num_preemptions) == ("routine", 0)
+    step(one)
+    assert (running(one), one.num_preemptions) == (["second"], 1)
+    finish(one)
+    assert_empty(one)
+
+
+def test_nobody_gives_way_to_a_stat_image_that_the_step_has_no_budget_for():
+    one = scheduler(max_num_seqs=2, max_encoder_tokens=4)
+    for name in ("a", "b"):
+        one.add(request(name, 1, max_tokens=9))
+    step(one)
+    for seed in (1, 2):
+        one.add(request(f"stat-{seed}", [seed] * 6, images=[(0, image(seed))], priority=STAT))
+    _, outputs = step(one)
+    assert {output.request_id for output in outputs} == {"a", "stat-1"}
+    step(one)
+    assert (running(one), one.num_preemptions) == (["stat-1", "stat-2"], 2)
+
+
+def test_a_stat_image_takes_the_room_of_a_routine_one_and_of_nobody_else():
+    one = scheduler(max_model_len=64, encoder_cache_tokens=40)
+    one.add(request("text", [7] * 4, max_tokens=9, priority=1))
+    step(one)
+    one.add(request("read", 50, images=[(0, image(1, num_tokens=40))]))
+    step(one)
+    one.add(request("stat", [8] * 8, images=[(0, image(2))], priority=STAT))
+    batch, _ = step(one)
+    assert running(one) == ["text", "stat"]
+    assert (len(batch.encode), one.num_preemptions) == (1, 1)
+    finish(one)
+    assert_empty(one)
+
+
+def test_a_stat_request_has_the_token_of_the_routine_one_that_gives_way():
+    one = scheduler(max_num_seqs=2, max_num_batched_tokens=2)
+    for name in ("a", "b"):
+        one.add(request(name, 1, max_tokens=9))
+    step(one)
+    one.add(request("stat", [7] * 3, priority=STAT))
+    batch, _ = step(one)
+    assert running(one) == ["a", "stat"]
+    assert batch.counts.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("rows", "routine"), [(2, 40), (8, 4)], ids=["rows are taken", "rows are free"])
+def test_nobody_gives_way_to_a_stat_request_that_the_step_has_no_token_for(rows, routine):
+    one = scheduler(max_num_seqs=rows)
+    one.add(request("routine", routine, max_tokens=20))
+    step(one)
+    one.add(request("first", [7] * 60, priority=STAT))
+    step(one)
+    one.add(request("second", [8] * 4, priority=STAT))
+    step(one)
+    assert (running(one), one.num_preemptions) == (["routine", "first"], 0)
+
+
+def test_for_a_slot_the_fewest_give_way():
+    one = scheduler(max_adapters=2)
+    for name in ("x0", "x1", "y0"):
+        one.add(request(name, 4, adapter=name[0], max_tokens=9))
+    step(one)
+    one.add(request("stat", 4, adapter="z", priority=STAT))
+    step(one)
+    assert running(one) == ["x0", "x1", "stat"]
 
 
 def test_one_that_cannot_grow_even_with_what_others_have_gives_way_alone():
@@ -222,6 +299,23 @@ def test_a_tenant_that_comes_back_from_idle_is_lifted_to_the_least_active():
     assert one.waiting.counters["back"] == one.waiting.counters["busy"] > 0
 
 
+def test_a_tenant_that_comes_when_nobody_waits_is_lifted_to_the_last_who_did():
+    one = scheduler()
+    one.add(request("busy", 8, tenant="busy"))
+    step(one)
+    one.add(request("new", 4, tenant="new"))
+    assert one.waiting.counters["new"] == one.waiting.counters["busy"] > 0
+
+
+def test_what_is_found_in_the_cache_costs_the_tenant_nothing():
+    one = scheduler()
+    for name, computed in (("cold", 10), ("warm", 2)):
+        before = one.waiting.counters["t"]
+        one.add(request(name, 10, tenant="t", max_tokens=1))
+        step(one)
+        assert one.waiting.counters["t"] - before == computed + GENERATED_WEIGHT
+
+
 def test_a_preemption_costs_the_tenant_nothing():
     one = scheduler(num_blocks=12, max_model_len=40)
     for index in range(6):
@@ -260,7 +354,7 @@ def test_a_routine_prompt_that_runs_does_not_starve_behind_stat_prompts_without_
 def test_one_that_gives_way_again_and_again_joins_the_class_it_gives_way_to():
     one = scheduler(max_num_seqs=1)
     one.add(request("routine", 4, max_tokens=30))
-    for index in range(MAX_PREEMPTIONS + 1):
+    for index in range(MAX_PREEMPTIONS):
         step(one)
         assert running(one) == ["routine"]
         one.add(request(f"stat-{index}", 4, max_tokens=1, priority=STAT))
@@ -270,6 +364,26 @@ def test_one_that_gives_way_again_and_again_joins_the_class_it_gives_way_to():
     one.add(request("stat-last", 4, priority=STAT))
     step(one)
     assert running(one) == ["routine"]
+
+
+def test_to_give_way_to_ones_own_class_changes_none():
+    victim, same, better = (Sequence.create(request("r", 4, priority=priority), 4) for priority in (0, 0, STAT))
+    for winner in [same] * MAX_PREEMPTIONS + [better] * (MAX_PREEMPTIONS - 1):
+        give_way(victim, winner)
+        assert victim.priority == 0
+    give_way(victim, better)
+    assert victim.priority == STAT
+
+
+def test_a_class_of_which_somebody_comes_in_in_every_step_is_not_passed_over():
+    """One-token prompts, each of them a step: the class moves on, though its first waits for a slot."""
+    one = scheduler(max_adapters=1)
+    one.add(request("stat", 4, adapter="hot", max_tokens=PATIENCE + 9, priority=STAT))
+    one.add(request("cold", 4, adapter="cold"))
+    for index in range(PATIENCE + 5):
+        one.add(request(index, 1, max_tokens=1))
+        step(one)
+    assert [(sequence.request.request_id, sequence.priority) for sequence in one.waiting] == [("cold", 0)]
 
 
 def test_an_adapter_that_finds_no_slot_lets_others_pass_for_a_time_and_then_they_wait():

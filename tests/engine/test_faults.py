@@ -1,6 +1,7 @@
 """A fault ends one request; an interrupted step leaves no lie in the books. On a real tiny model."""
 
 import pytest
+import torch
 
 from tests.checkpoints import make_llava
 from tests.engine.adapters import make_adapter
@@ -73,6 +74,41 @@ def test_a_fault_in_the_middle_of_decoding_costs_the_neighbours_nothing(adapted,
     prompts = [harness.chat(picture(seed), QUESTION) for seed in range(3)]
     for run in harness.run(*prompts, max_tokens=10):
         assert_parity(references[None], run)
+
+
+@pytest.mark.parametrize("fatal", [torch.AcceleratorError("the device is gone"), KeyboardInterrupt()], ids=repr)
+def test_a_device_that_fails_and_an_interrupt_end_their_step_and_are_the_callers(adapted, monkeypatch, fatal):
+    harness = Harness(adapted[0])
+    engine = harness.engine
+
+    def fails(*_):
+        raise fatal
+
+    monkeypatch.setattr(engine.runner.model.decoder, "forward", fails)
+    for seed in range(2):
+        prompt = harness.chat(picture(seed), QUESTION)
+        engine.add(Request(str(seed), prompt.token_ids, GREEDY, prompt.images))
+    with pytest.raises(type(fatal)):
+        engine.step()
+    assert not engine.has_work
+    assert engine.stats.kv_blocks_used == 0
+
+
+def test_a_step_that_fails_behind_the_encoder_leaves_no_image_on_the_device(adapted, monkeypatch):
+    harness = Harness(adapted[0])
+    engine = harness.engine
+
+    def fails(*_):
+        assert engine.runner._embeddings
+        raise MemoryError
+
+    monkeypatch.setattr(engine.runner.model.decoder, "forward", fails)
+    for seed in range(3):
+        prompt = harness.chat(picture(seed), QUESTION)
+        engine.add(Request(str(seed), prompt.token_ids, GREEDY, prompt.images))
+    while engine.has_work:
+        engine.step()
+        assert engine.runner._embeddings.keys() == engine.scheduler.images._sizes.keys() == set()
 
 
 def test_an_interrupted_step_leaves_no_adapter_and_no_image_that_is_not_there(adapted, monkeypatch):

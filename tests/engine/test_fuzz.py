@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from tests.engine.books import Machine, assert_books_agree, assert_empty, fake_logprobs
 from tests.engine.requests import image, request
 from vlm_serve.config import EngineConfig
-from vlm_serve.engine.batch import StepResult
+from vlm_serve.engine.batch import Failure, StepResult
 from vlm_serve.engine.scheduler import Scheduler
 from vlm_serve.errors import InvalidRequestError
 from vlm_serve.types import FinishReason, Request, TokenOutput
@@ -161,7 +161,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             tokens[at], logprobs[at] = (), ()
             embeddings = {row: one for row, one in result.embeddings.items() if row != rows[at]}
             failed = StepResult(
-                tuple(tokens), tuple(logprobs), result.prompt_logprobs, embeddings, failed={rows[at]: "a fault"}
+                tuple(tokens),
+                tuple(logprobs),
+                result.prompt_logprobs,
+                embeddings,
+                failed={rows[at]: Failure("a fault")},
             )
             self._take(self.one.update(batch, failed))
 

@@ -90,6 +90,15 @@ def test_the_plan_is_told_in_sequences_of_lengths_that_are_served():
     assert KVPlan(100, 16, 1024, (None,), 512).describe(1024) == "0.1 MiB: 1,600 tokens; 1 sequence of 1,024"
 
 
+def test_the_plan_says_what_no_layer_uses():
+    """Ten layers that see all and 52 that slide are seven groups of ten, of which the last has two."""
+    uneven = plan(MIB, sliding(8, "f" * 10 + "s" * 52))
+    assert uneven.padding == pytest.approx(8 / 70)
+    assert uneven.describe(512).startswith("1.0 MiB, 11% of it padding: ")
+    for even in (LLAMA, sliding(8, "sssf"), sliding(8, "ss")):
+        assert plan(MIB, even).padding == 0
+
+
 def test_an_engine_wastes_two_percent_of_its_blocks_at_most_at_a_thousand_tokens(tmp_path, record_testsuite_property):
     """By the figures that a real engine tells of itself after each step; places live are counted here, too."""
     make_llava(tmp_path)

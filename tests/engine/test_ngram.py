@@ -2,6 +2,7 @@
 
 import random
 import time
+from itertools import takewhile
 
 import pytest
 
@@ -39,6 +40,13 @@ def test_a_draft_ends_before_an_image():
     assert propose([1, 2, 50, 50, 4, 1, 2], 4, spans=[(2, 4)]) == ()
 
 
+def test_an_image_is_no_match_for_another():
+    tokens, spans = [4, 4, 7, 8, 9, 4, 4, 7], [(0, 2), (5, 7)]
+    assert propose(tokens, 3) == (8, 9, 4)
+    assert propose(tokens, 3, spans) == ()
+    assert propose([1, 50, 8, 9, 1, 50], 2, [(1, 2), (5, 6)]) == ()
+
+
 def test_an_index_that_grows_proposes_what_a_new_one_would():
     rng = random.Random(1)
     tokens = [rng.randrange(3) for _ in range(20)]
@@ -65,6 +73,18 @@ def test_the_search_agrees_with_a_naive_one():
     for _ in range(500):
         tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 40))]
         assert propose(tokens, 4) == naive(tokens, 4)
+
+
+def test_the_search_agrees_with_a_naive_one_to_which_no_two_placeholders_are_alike():
+    rng = random.Random(3)
+    for _ in range(500):
+        tokens = [rng.randrange(2) for _ in range(40)]
+        spans = [(begin, begin + rng.randrange(1, 5)) for begin in sorted(rng.sample(range(0, 40, 4), 3))]
+        unlike = list(tokens)
+        for at in (at for begin, end in spans for at in range(begin, end)):
+            unlike[at] = -1 - at
+        draft = naive(unlike, 4)
+        assert propose(tokens, 4, spans) == tuple(takewhile(lambda token: token >= 0, draft))
 
 
 def test_a_search_in_a_long_prompt_takes_well_under_a_millisecond():

@@ -160,7 +160,7 @@ def test_a_cut_inside_a_span_that_attends_both_ways_is_moved(clip):
     for budget in range(1, len(prompt.token_ids) + 1):
         harness.set(max_num_batched_tokens=budget)
         assert harness.run(causal, max_tokens=1)[0].chunks[0] == (0, budget)
-        (run,) = harness.run(prompt, max_tokens=3)
+        (run,) = harness.run(prompt, max_tokens=3, prompt_logprobs=True)
         (cut,) = [span.offset for span in prompt.images if span.offset < budget < span.end] or [budget]
         assert run.chunks[0] == (0, cut)
         moved += cut != budget
@@ -198,8 +198,9 @@ def test_parity_cached_and_cold(clip):
     cold, warm = harness.run(prompt)[0], harness.run(prompt)[0]
     assert (cold.cached_tokens, warm.cached_tokens) == (0, (len(prompt.token_ids) - 1) // 4 * 4)
     assert warm.token_ids == cold.token_ids
-    assert_parity(model, cold)
-    assert_parity(model, warm)
+    (again,) = harness.run(prompt, prompt_logprobs=True)  # what is cached has none
+    for run in (cold, warm, again):
+        assert_parity(model, run)
 
 
 def test_a_follow_up_on_a_cached_image_encodes_nothing_and_keeps_parity(clip):
@@ -239,7 +240,8 @@ def test_parity_of_ragged_batches(checkpoint):
 def test_parity_when_preempted_and_resumed(clip, mark):
     folder, model = clip
     harness = Harness(folder, kv_blocks=40, max_model_len=100, enable_prefix_caching=False, encoder_cache_tokens=40)
-    runs = harness.run(*[mark(harness.chat(picture(index), QUESTION)) for index in range(4)], max_tokens=24)
+    prompts = [mark(harness.chat(picture(index), QUESTION)) for index in range(4)]
+    runs = harness.run(*prompts, max_tokens=24, prompt_logprobs=[False, True] * 2)
     assert harness.engine.stats.num_preemptions > 0
     for run in runs:
         if mark is both_ways:
@@ -369,7 +371,9 @@ def repeating(tmp_path_factory):
 @pytest.mark.parametrize("size", [1, 17])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_parity_in_every_setting(repeating, setting, size):
-    """Of ragged prompts with an image and without, with an adapter and without, cold and warm."""
+    """Of ragged prompts with an image and without, with an adapter and without, cold and warm. Of a batch every second
+    one asks for its prompt's log-probabilities.
+    """
     folder, directory, references = repeating
     config = SETTINGS[setting]
     harness = Harness(folder, adapters=directory, **({"max_num_seqs": 17, "kv_blocks": 2048} | config))
@@ -383,13 +387,14 @@ def test_parity_in_every_setting(repeating, setting, size):
     for indices in groups:
         chosen = {"adapters": [names[index] for index in indices], "max_tokens": [24 + index for index in indices]}
         prompts = [batch[index] for index in indices]
-        cold = harness.run(*prompts, **chosen, prompt_logprobs=True)
+        asked = [index % 2 == 0 or alone for index in indices]
+        cold = harness.run(*prompts, **chosen, prompt_logprobs=asked)
         warm = harness.run(*prompts, **chosen)
         for index, first, second in zip(indices, cold, warm, strict=True):
             assert_parity(references[names[index]], first)
             assert_parity(references[names[index]], second)
             assert first.token_ids == second.token_ids
-        assert all(run.cached_tokens == 0 for run in cold)
+        assert all(run.cached_tokens == 0 for run, is_asked in zip(cold, asked, strict=True) if is_asked)
         if alone:
             assert (warm[0].cached_tokens > 0) == config.get("enable_prefix_caching", True)
         if "max_num_batched_tokens" in config:

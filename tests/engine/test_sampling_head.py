@@ -58,6 +58,7 @@ def run(harness, *requests: Request) -> dict[str, TokenOutput]:
             tuple(token for one in all_of_it for token in one.token_ids),
             all_of_it[-1].finish_reason,
             error=all_of_it[-1].error,
+            error_param=all_of_it[-1].error_param,
             logprobs=tuple(entry for one in all_of_it for entry in one.logprobs),
             prompt_logprobs=tuple(entry for one in all_of_it for entry in one.prompt_logprobs),
             embedding=all_of_it[-1].embedding,
@@ -145,7 +146,7 @@ def test_a_request_that_forbids_everything_ends_alone_with_a_clear_error(harness
             bad = request("bad", allowed_token_ids=[50], bad_words=((50,),), temperature=temperature, **filters)
             outputs = run(harness, bad, request("good"))
             assert outputs["bad"].finish_reason is FinishReason.ERROR
-            assert outputs["bad"].error == NO_TOKEN_LEFT
+            assert (outputs["bad"].error, outputs["bad"].error_param) == (NO_TOKEN_LEFT.message, NO_TOKEN_LEFT.param)
             assert outputs["bad"].token_ids == ()
             assert outputs["good"].token_ids == run(harness, request("good"))["good"].token_ids
 

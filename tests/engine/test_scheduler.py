@@ -195,6 +195,22 @@ def test_suspects_run_one_at_a_time_and_keep_what_they_have_generated():
     assert_empty(one)
 
 
+def test_nobody_comes_in_past_a_suspect_that_waits_for_room():
+    one = scheduler(num_blocks=12, max_model_len=48)
+    one.add(request("long", [1] * 36))
+    step(one)
+    one.add(request("stat", [2] * 13, max_tokens=6, priority=-1))
+    batch = one.schedule()
+    assert batch.counts.tolist() == [13, 3]
+    one.suspect(batch)
+    one.add(request("small", [3] * 4))
+    for _ in range(6):
+        batch, (output,) = step(one)  # beside its blocks there is room for the small one, not for the long one
+        assert (output.request_id, len(batch.rows)) == ("stat", 1)
+    assert list(finish(one)) == ["long", "small"]
+    assert_empty(one)
+
+
 def test_an_end_token_ends_the_answer():
     one = scheduler()
     one.add(request("a", 4, max_tokens=10, eos=(1000,)))

@@ -53,7 +53,8 @@ def test_parity_of_ragged_batches(checkpoint):
     harness = Harness(folder, max_num_seqs=7, max_num_batched_tokens=40)
     prompts = [harness.chat("word " * (index % 5), QUESTION[: 5 + 9 * index]) for index in range(6)]
     prompts.append(harness.chat(picture(1), QUESTION))
-    for run in harness.run(*prompts, max_tokens=[10 + index for index in range(7)]):
+    asked = [index % 2 == 0 for index in range(7)]
+    for run in harness.run(*prompts, max_tokens=[10 + index for index in range(7)], prompt_logprobs=asked):
         assert len(run.prompt.token_ids) > WINDOW
         assert_parity(model, run)
     assert max(len(step.rows) for step in harness.steps) > 4
@@ -65,7 +66,7 @@ def test_parity_when_chunked_at_every_split_point(checkpoint):
     prompt = harness.chat(QUESTION[:30])
     for chunk in range(1, len(prompt.token_ids) + 1):
         harness.set(max_num_batched_tokens=chunk)
-        (run,) = harness.run(prompt, max_tokens=3)
+        (run,) = harness.run(prompt, max_tokens=3, prompt_logprobs=True)
         assert max(batch.num_tokens for batch in harness.steps) == chunk
         assert_parity(model, run)
 
@@ -79,7 +80,8 @@ def test_parity_cached_and_cold(checkpoint, chunk):
     assert (cold.cached_tokens, warm.cached_tokens) == (0, (len(prompt.token_ids) - 1) // 4 * 4)
     (other,) = harness.run(harness.chat(QUESTION[:40] + "fracture?"))
     assert 0 < other.cached_tokens < warm.cached_tokens
-    for run in (cold, warm, other):
+    (again,) = harness.run(prompt, prompt_logprobs=True)
+    for run in (cold, warm, other, again):
         assert_parity(model, run)
 
 

@@ -53,7 +53,7 @@ def harness(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def structures(harness):
-    return Structures(harness.family.tokenizer, 320, (EOS,))
+    return Structures(harness.family.backend_tokenizer, 320, (EOS,))
 
 
 def request(name: str, grammar: str | None, **sampling) -> Request:
@@ -85,7 +85,7 @@ def text(harness, outputs: list[TokenOutput]) -> str | None:
 
 
 def answers(harness, spec: StructuredOutputs, count: int = 24, **sampling) -> list[str]:
-    grammar = Structures(harness.family.tokenizer, 320, (EOS,)).compile_grammar(spec)
+    grammar = Structures(harness.family.backend_tokenizer, 320, (EOS,)).compile_grammar(spec)
     outputs = run(harness, *(request(str(seed), grammar, seed=seed, **sampling) for seed in range(count)))
     texts = [text(harness, one) for one in outputs.values()]
     ended = [one for one in texts if one is not None]
@@ -212,7 +212,8 @@ def test_a_grammar_that_gets_too_complex_ends_its_own_request(harness, structure
     grammar = structures.compile_grammar(StructuredOutputs(grammar=f'start: t40\n{rules}\nt0: "a"'))
     outputs = run(harness, request("bad", grammar), request("good", None, max_tokens=5, seed=1))
     assert outputs["bad"][-1].finish_reason is FinishReason.ERROR
-    assert outputs["bad"][-1].error == grammar_rows.TOO_COMPLEX
+    last = outputs["bad"][-1]
+    assert (last.error, last.error_param) == (grammar_rows.TOO_COMPLEX.message, "structured_outputs")
     assert sum(len(one.token_ids) for one in outputs["good"]) == 5
 
 
@@ -231,7 +232,7 @@ def test_a_mask_that_takes_too_long_ends_its_own_request(harness, structures, mo
         outputs = run(harness, request("slow", grammar, min_tokens=7), request("good", None, max_tokens=5))
     finally:
         release.set()
-    assert outputs["slow"][-1].error == grammar_rows.TOO_LATE
+    assert (outputs["slow"][-1].error, outputs["slow"][-1].error_param) == (grammar_rows.TOO_LATE.message, None)
     assert sum(len(one.token_ids) for one in outputs["good"]) == 5
 
 
@@ -241,10 +242,10 @@ def test_a_fault_of_a_mask_ends_its_own_request_and_is_logged_without_its_text(
     def broken(self):
         raise RuntimeError("name of a patient")
 
-    monkeypatch.setattr(AnswerMatcher, "mask", broken)
     grammar = structures.compile_grammar(StructuredOutputs(regex="[ab]{30}"))
+    monkeypatch.setattr(AnswerMatcher, "mask", broken)
     outputs = run(harness, request("bad", grammar), request("good", None, max_tokens=5))
-    assert outputs["bad"][-1].error == grammar_rows.TOO_COMPLEX
+    assert (outputs["bad"][-1].error, outputs["bad"][-1].error_param) == (grammar_rows.FAULT.message, None)
     assert sum(len(one.token_ids) for one in outputs["good"]) == 5
     assert "RuntimeError" in caplog.text
     assert "patient" not in caplog.text
@@ -280,6 +281,11 @@ BAD = {
     "not JSON at all": StructuredOutputs(json={"type": {1, 2}}),
     "no number": StructuredOutputs(json={"const": float("nan")}),
     "lone surrogate": StructuredOutputs(json={"const": "\ud800Secret"}),
+    "lone surrogate, escaped": StructuredOutputs(json=r'{"enum": ["\ud800Secret"]}'),
+    "lone surrogate, escaped, as a name": StructuredOutputs(json=r'{"\udfffSecret": 1}'),
+    "no number, as text": StructuredOutputs(json='{"const": NaN, "title": "Secret"}'),
+    "an infinite number, as text": StructuredOutputs(json='{"const": 1e400, "title": "Secret"}'),
+    "a whole number of 80 bits": StructuredOutputs(json={"const": 2**80, "title": "Secret"}),
     "unknown type": StructuredOutputs(json={"type": "Secret"}),
     "unknown keyword": StructuredOutputs(json={"type": "array", "uniqueItems": True, "description": "Secret"}),
     "unknown format": StructuredOutputs(json={"type": "string", "format": "Secret"}),
@@ -291,6 +297,9 @@ BAD = {
     "pattern": StructuredOutputs(json={"type": "string", "pattern": "(Secret"}),
     "regex": StructuredOutputs(regex="(Secret"),
     "regex with look-around": StructuredOutputs(regex="(?=Secret)a"),
+    "regex that nothing matches": StructuredOutputs(regex=r"[^\s\S]Secret"),
+    "schema that no text ends": StructuredOutputs(json={"$ref": "#", "title": "Secret"}),
+    "grammar that no text ends": StructuredOutputs(grammar="start: secret\nsecret: secret"),
     "grammar": StructuredOutputs(grammar="start: Secret\n"),
     "grammar without a start": StructuredOutputs(grammar='secret: "Secret"'),
     "unknown special token": StructuredOutputs(grammar="start: <|Secret|>"),
@@ -311,6 +320,17 @@ def test_a_bad_schema_is_refused_and_not_echoed(structures, name):
 def test_the_error_names_the_keyword_that_is_not_supported(structures):
     with pytest.raises(InvalidRequestError, match="not supported: uniqueItems"):
         structures.compile_grammar(BAD["unknown keyword"])
+
+
+def test_a_choice_that_no_allowed_token_begins_is_refused(harness, structures):
+    spec = StructuredOutputs(choice=("yes", "no"))
+    letter = harness.family.backend_tokenizer.token_to_id
+    for allowed, is_good in (([letter("y"), letter("x")], True), ([letter("e"), letter("x")], False)):
+        if is_good:
+            assert structures.compile_grammar(spec, allowed)
+        else:
+            with pytest.raises(InvalidRequestError, match="allowed_token_ids"):
+                structures.compile_grammar(spec, allowed)
 
 
 def test_the_error_says_where_a_grammar_is_wrong(structures):
@@ -370,6 +390,18 @@ LARGE = {
         grammar="start: t990\n" + "\n".join(f't{i}: t{i - 1} "a"' for i in range(1, 991)) + '\nt0: "a"'
     ),
 }
+
+
+@pytest.mark.parametrize("value", [{"type": "string"}, {"type": "string", "pattern": "^[a-z]{1,9}$"}], ids=str)
+def test_the_widest_object_goes_on_behind_its_brace(harness, structures, value):
+    """There each property may come, for none of them must."""
+    schema = {"type": "object", "properties": {f"p{number}": value for number in range(1000)}}
+    grammar = structures.compile_grammar(StructuredOutputs(json=schema))
+    matcher = AnswerMatcher(structures, grammar, min_tokens=0, end_ids=(EOS,), answer=())
+    for letter in '{"p999':
+        token = harness.family.backend_tokenizer.token_to_id(letter)
+        assert matcher.mask()[token]
+        matcher.advance(token)
 
 
 @pytest.mark.parametrize("name", LARGE)

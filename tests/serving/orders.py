@@ -14,7 +14,9 @@ from tests.serving.engine_hooks.sitecustomize import (
     HOLD_IN_STEP,
     HOLD_LATER,
     KILL_IN_STEP,
+    KILL_TOGETHER,
     KILL_WHEN_ADDED,
+    KILL_WITH_IT,
 )
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "HOLD_IN_STEP",
     "HOLD_LATER",
     "KILL_IN_STEP",
+    "KILL_TOGETHER",
     "KILL_WHEN_ADDED",
+    "KILL_WITH_IT",
     "Orders",
     "eventually",
     "obeyed",

@@ -7,6 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
+from tests.checkpoints import make_llava
+from tests.serving.sentencepiece import sentencepiece_like
 from tests.serving.test_async_llm import conversation, settings, started, until_idle
 from vlm_serve import LLM, SamplingParams, StructuredOutputs
 from vlm_serve.config import EngineConfig, ServerConfig
@@ -110,6 +112,42 @@ async def test_a_plain_prompt_is_the_same_as_text_as_token_ids_and_offline(serve
     with LLM(served.folder, dtype="float32", device="cpu", max_model_len=512) as offline:
         (out,) = offline.generate([PROMPT], sampling(), use_tqdm=False)
     assert texts(deltas, 1) == texts(same, 1) == [out.outputs[0].text]
+
+
+async def test_an_answer_keeps_the_space_of_its_first_word_where_it_goes_on_with_a_text(tmp_path):
+    """As transformers shows the whole; an answer that is a new message is as it shows that one alone."""
+    make_llava(tmp_path)
+    tokenizer = sentencepiece_like()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    clear = tokenizer.token_to_id("▁clear")
+    params = sampling(max_tokens=2, allowed_token_ids=[clear])
+    said = [{"role": "user", "content": "The lungs"}, {"role": "assistant", "content": "The lungs are"}]
+    with LLM(tmp_path, dtype="float32", device="cpu", max_model_len=512) as offline:
+        ids = tokenizer.encode("The lungs are").ids
+        for prompt in ("The lungs are", {"prompt_token_ids": ids}):
+            (out,) = offline.generate(prompt, params, use_tqdm=False)
+            assert "The lungs are" + out.outputs[0].text == tokenizer.decode([*ids, clear, clear])
+        (out,) = offline.generate("The lungs are", sampling(max_tokens=2, allowed_token_ids=[clear], stop=" clear"))
+        assert (out.outputs[0].text, out.outputs[0].stop_reason) == ("", " clear")
+        (out,) = offline.chat(said, params, use_tqdm=False)
+        assert out.outputs[0].text == tokenizer.decode([clear, clear]) == "clear clear"
+        (out,) = offline.chat(said, params, use_tqdm=False, add_generation_prompt=False, continue_final_message=True)
+        assert out.outputs[0].text == " clear clear"
+
+
+async def test_a_structure_that_leaves_no_token_on_the_way_names_its_field(llm):
+    doubling = "\n".join(f"t{i}: t{i - 1} t{i - 1}" for i in range(1, 41))
+    spec = StructuredOutputs(grammar=f'start: t40\n{doubling}\nt0: "a"')
+    with pytest.raises(InvalidRequestError, match="too complex") as refusal:
+        await complete(llm, sampling(structured_outputs=spec))
+    assert refusal.value.param == "structured_outputs"
+
+
+async def test_the_texts_of_tokens_are_their_bytes(llm):
+    ids = await llm.tokenize("mass é", model="chest")
+    texts = await llm.token_texts(ids)
+    assert texts[0] == "<s>"
+    assert "".join(texts[1:]) == "mass \ufffd\ufffd"
 
 
 async def test_a_conversation_is_tokenised_as_it_is_sent(llm):

@@ -210,7 +210,7 @@ def test_callers_are_served_in_the_order_they_came(make_pool: Callable[..., Deco
     threads = [threading.Thread(target=call, args=(0, slow_part(1)))]
     threads[0].start()
     for number in range(1, 6):
-        while len(pool._queue) != number - 1 or pool._idle:
+        while len(pool._pool._queue) != number - 1 or pool._pool._idle:
             threading.Event().wait(0.001)
         threads.append(threading.Thread(target=call, args=(number, CT)))
         threads[-1].start()
@@ -225,15 +225,15 @@ def test_closing_ends_jobs_and_refuses_new_ones(make_pool: Callable[..., DecodeP
     pool.decode(CT)
     with ThreadPoolExecutor(2) as threads:
         running = threads.submit(pool.decode, slow_part(6))
-        while pool._idle:
+        while pool._pool._idle:
             threading.Event().wait(0.001)
         waiting = threads.submit(pool.decode, CT)
-        while not pool._queue:
+        while not pool._pool._queue:
             threading.Event().wait(0.001)
         pool.close()
         assert isinstance(running.exception(10), ServiceError)
         assert isinstance(waiting.exception(10), ServiceError)
-    with pytest.raises(ServiceError, match="closed"):
+    with pytest.raises(ServiceError, match="stopping"):
         pool.decode(CT)
     pool.close()
     assert children() == before

@@ -1,9 +1,13 @@
 """Text comes out token by token exactly as if it were decoded at once, and stops where it should."""
 
+import time
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tests.serving.sentencepiece import DECODERS, sentencepiece_like
 from vlm_serve.serving.detokenizer import Detokenizer, TextDelta
+from vlm_serve.serving.token_bytes import TokenBytes
 from vlm_serve.types import FinishReason, SamplingParams
 
 EOS = 256
@@ -22,7 +26,7 @@ def tokenizer() -> Tokenizer:
 
 
 def detokenizer(tokenizer: Tokenizer, stop: str | list[str] = (), **sampling) -> Detokenizer:
-    return Detokenizer(tokenizer, SamplingParams(max_tokens=100, stop=stop, **sampling))
+    return Detokenizer(TokenBytes(tokenizer), SamplingParams(max_tokens=100, stop=stop, **sampling))
 
 
 def deltas(tokenizer: Tokenizer, text: str, stop=(), chunk: int = 1, **sampling) -> list[TextDelta]:
@@ -171,3 +175,75 @@ def test_bytes_that_undo_a_character_already_given_out_end_no_answer():
     given = [one.add([token], FinishReason.LENGTH if n == len(ids) - 1 else None) for n, token in enumerate(ids)]
     text = whole(given)
     assert (text[0], text[-3:], counted(given)) == ("A", "zCz", 6)
+
+
+def continued(tokenizer, before, answer, **sampling) -> str:
+    """The text of an answer that goes on with the tokens before it, one token a step."""
+    one = Detokenizer(TokenBytes(tokenizer), SamplingParams(max_tokens=100, **sampling), before)
+    ends = [*[None] * (len(answer) - 1), FinishReason.LENGTH]
+    return whole([one.add([token], end) for token, end in zip(answer, ends, strict=True)])
+
+
+TEXT = "The lungs are clear. Größe 3 µm → 漢字 🫀 no mass " + "漢字" * 50
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, "bytes"])
+def test_an_answer_goes_on_with_its_prompt_wherever_it_begins(tokenizer, kind):
+    """Inside a word, before a space, inside a character: together they are the whole text."""
+    tokenizer = tokenizer if kind == "bytes" else sentencepiece_like(kind)
+    ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
+    pieces = [TokenBytes(tokenizer)[token] for token in ids]
+    for cut in range(1, len(ids)):
+        prompt = b"".join(pieces[:cut]).decode(errors="ignore").lstrip(" ")  # the answer finishes a character
+        assert prompt + continued(tokenizer, ids[:cut], ids[cut:]) == TEXT
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_an_answer_that_is_a_text_of_its_own_is_as_decode_has_it(kind):
+    tokenizer = sentencepiece_like(kind)
+    ids = tokenizer.encode(" clear and no mass", add_special_tokens=False).ids
+    assert continued(tokenizer, (), ids) == tokenizer.decode(ids)
+    clear = tokenizer.token_to_id("▁clear")
+    assert continued(tokenizer, (), [clear, clear]) == "clear clear"
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("specials", [0, 1, 7, 8, 100])
+def test_special_tokens_at_the_end_of_a_prompt_hide_nothing_of_it(kind, specials):
+    tokenizer = sentencepiece_like(kind)
+    end, lungs, clear = map(tokenizer.token_to_id, ("</s>", "▁lungs", "▁clear"))
+    assert continued(tokenizer, [lungs, *[end] * specials], [clear, clear]) == " clear clear"
+    assert continued(tokenizer, [end] * specials, [clear, clear]) == "clear clear"
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_stop_string_that_begins_with_a_space_is_found_on_the_first_word(kind):
+    tokenizer = sentencepiece_like(kind)
+    lungs, clear = map(tokenizer.token_to_id, ("▁lungs", "▁clear"))
+    one = Detokenizer(TokenBytes(tokenizer), SamplingParams(max_tokens=9, stop=" clear"), [lungs])
+    assert one.add([clear], None) == TextDelta("", (clear,), FinishReason.STOP, " clear")
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_replacement_character_at_the_end_of_a_prompt_is_the_prompts(kind):
+    tokenizer = sentencepiece_like(kind)
+    ids = tokenizer.encode("lungs \ufffd", add_special_tokens=False).ids
+    assert continued(tokenizer, ids, tokenizer.encode("x no", add_special_tokens=False).ids[-2:]).endswith(" no")
+    assert "\ufffd" not in continued(tokenizer, ids, [tokenizer.token_to_id("▁clear")])
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_long_prompt_of_bytes_that_are_no_text_costs_next_to_nothing(kind):
+    tokenizer = sentencepiece_like(kind)
+    before = [tokenizer.token_to_id("<0xFF>")] * 10_000
+    token_bytes, began = TokenBytes(tokenizer), time.thread_time()
+    Detokenizer(token_bytes, SamplingParams(), before)
+    assert time.thread_time() - began < 0.5  # 0.002 s; a minute if each end of it were decoded
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_bytes_that_are_no_character_take_no_space_from_the_word_behind_them(kind):
+    tokenizer = sentencepiece_like(kind)
+    names = ("▁lungs", "<0xE5>", "<0x42>", "▁clear", "▁clear")
+    ids = [tokenizer.token_to_id(name) for name in names]
+    assert continued(tokenizer, (), ids) == tokenizer.decode(ids)

@@ -118,6 +118,12 @@ def test_a_stop_string_ends_the_answer_and_gives_its_blocks_back(llm):
             "messages[0].content[0]",
         ),
         (lambda llm: llm.chat([]), InvalidRequestError, "messages"),
+        (lambda llm: llm.chat("Is there a mass?"), InvalidRequestError, "messages[0]"),
+        (lambda llm: llm.chat([{"role": "user", "content": 123}]), InvalidRequestError, "messages[0].content"),
+        (lambda llm: llm.generate(123), InvalidRequestError, "prompt"),
+        (lambda llm: llm.generate({"prompt_token_ids": [1.5]}), InvalidRequestError, "prompt"),
+        (lambda llm: llm.generate({"prompt_token_ids": [True]}), InvalidRequestError, "prompt"),
+        (lambda llm: llm.generate({"prompt_token_ids": np.ones((2, 2), int)}), InvalidRequestError, "prompt"),
         (
             lambda llm: llm.chat([{"role": "user", "content": [{"type": "image", "image": "/no/such"}]}]),
             InvalidRequestError,

@@ -153,7 +153,7 @@ def test_the_token_that_is_there_is_named_once_and_keeps_its_rank():
     answers = Answers(request, None, (), TokenBytes(make_tokenizer().backend_tokenizer))
     among = TokenLogprobs((51, 50, 51), (-2.0, -0.1, -2.0), 2)
     beyond = TokenLogprobs((60, 50, 51), (-9.0, -0.1, -2.0), 17)
-    answers.add(TokenOutput("a", (51, 60), FinishReason.LENGTH, logprobs=(among, beyond)))
+    answers.add(TokenOutput("a", (51, 60), FinishReason.LENGTH, logprobs=(among, beyond)), pytest.fail)
     positions = answers.output(None).outputs[0].logprobs
     ranks = [{token: found.rank for token, found in position.items()} for position in positions]
     assert ranks == [{51: 2, 50: 1}, {60: 17, 50: 1, 51: 2}]
@@ -164,8 +164,10 @@ def test_outputs_that_come_after_a_stop_string_change_nothing():
     request = Request("a", (1, 2), SamplingParams(stop="radio", max_tokens=40, n=2))
     answers = Answers(request, None, (), TokenBytes(tokenizer.backend_tokenizer))
     ids = tokenizer("The chest radiograph shows", add_special_tokens=False).input_ids
-    ended = [answers.add(TokenOutput("a", (token,), index=1)) for token in itertools.chain(ids, ids)]
-    assert ended.count(True) == 1
+    aborted = []
+    for token in itertools.chain(ids, ids):
+        answers.add(TokenOutput("a", (token,), index=1), aborted.append)
+    assert aborted == [1]
     output = answers.output(None)
     assert output.outputs[1].text == "The chest "
     assert (output.outputs[0].finish_reason, output.finished) == (None, False)

@@ -87,7 +87,7 @@ def test_the_saved_adapter_is_the_trained_one(checkpoint: tuple[Path, Any], tmp_
     folder, _ = checkpoint
     model = trained(folder, tmp_path)
     harness = Harness(folder, adapters=tmp_path)
-    (run,) = harness.run(harness.chat("What does the image show?"), adapters=["ward"])
+    (run,) = harness.run(harness.chat("What does the image show?"), adapters=["ward"], prompt_logprobs=True)
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # as they are saved
             parameter.data = parameter.data.bfloat16().float()

@@ -23,9 +23,9 @@ class LayerGroup:
 def group_layers(windows: Sequence[int | None]) -> tuple[LayerGroup, ...]:
     """Groups of one size, from the window of each layer.
 
-    The last group of a kind may have fewer layers; what its blocks have for the others is never used. Of the sizes
-    that make few groups the one is taken that wastes least on layers without a window, whose blocks are held
-    longest, and after that the least in all.
+    The last group of a kind may have fewer layers; what its blocks have for the others is never used, and the plan of
+    the cache says how much that is. Of the sizes that make few groups the one is taken that wastes least on layers
+    without a window, whose blocks are held longest, and after that the least in all.
     """
     layers = {
         window: [index for index, own in enumerate(windows) if own == window]

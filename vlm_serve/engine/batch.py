@@ -87,6 +87,16 @@ class ScheduledBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an answer cannot go on, in words for the caller. `param` is the field of the request that is to blame; None:
+    the server is.
+    """
+
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What the model runner made of a batch.
 
@@ -97,7 +107,7 @@ class StepResult:
         prompt_logprobs: for each of the S, the entries of those positions of its prompt that this step gives them for,
             nothing for one that did not ask; empty where none did.
         embeddings: by row, float32 `[hidden_size]`, of the sequences with `batch.samples` that pool.
-        failed: by row, why an answer cannot go on, in words for the caller; such a sequence has no tokens.
+        failed: by row, why an answer cannot go on; such a sequence has no tokens.
         encoder_seconds: that the images of the batch took.
     """
 
@@ -105,5 +115,5 @@ class StepResult:
     logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     embeddings: Mapping[int, np.ndarray] = field(default_factory=dict)
-    failed: Mapping[int, str] = field(default_factory=dict)
+    failed: Mapping[int, Failure] = field(default_factory=dict)
     encoder_seconds: float = 0.0

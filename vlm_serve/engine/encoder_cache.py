@@ -3,7 +3,8 @@
 No tensors here: the model runner has them. Room is counted in image tokens.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 
 from vlm_serve.engine.batch import ImageKey
 
@@ -28,9 +29,10 @@ class EncoderCache:
         """Image tokens on the device."""
         return self._held
 
-    def can_add(self, size: int) -> bool:
-        """Whether `add` would find room, evicting what is not pinned."""
-        return size <= self.capacity - self._pinned
+    def can_add(self, size: int, unpinned: Iterable[ImageKey] = ()) -> bool:
+        """Whether `add` would find room, evicting what is not pinned, were each of `unpinned` pinned once less."""
+        freed = sum(self._sizes[key] for key, count in Counter(unpinned).items() if self._pins[key] == count)
+        return size <= self.capacity - self._pinned + freed
 
     def add(self, key: ImageKey, size: int) -> list[ImageKey]:
         """Makes room and enters the image; returns the keys that gave way. It must be pinned next."""

@@ -129,7 +129,11 @@ class Engine:
     def step(self) -> StepOutput:
         """One step: the next batch is scheduled, run and taken in.
 
-        A fault in it ends one request. Whatever else it raises has ended the requests of the batch.
+        A fault in it ends one request. What it raises has ended the requests of the batch.
+
+        Raises:
+            torch.AcceleratorError: of the device, which has failed for good.
+            BaseException: an interrupt, which is the caller's.
         """
         batch = self.scheduler.schedule()
         if batch is None:
@@ -138,21 +142,22 @@ class Engine:
         try:
             result = self.runner.run(batch)
         except BaseException as error:
-            outputs = self._recover(batch, error)
-            if isinstance(error, torch.AcceleratorError) or not isinstance(error, Exception):
-                raise  # a device that has failed once fails for good; an interrupt is the caller's
+            is_fault = isinstance(error, Exception) and not isinstance(error, torch.AcceleratorError)
+            outputs = self._recover(batch, error, can_run_again=is_fault)
+            if not is_fault:
+                raise
             return StepOutput(outputs, self.stats)
         outputs = self.scheduler.update(batch, result)
         return StepOutput(outputs, self.stats, batch.num_tokens, len(batch.encode), result.encoder_seconds)
 
-    def _recover(self, batch: ScheduledBatch, error: BaseException) -> tuple[TokenOutput, ...]:
+    def _recover(self, batch: ScheduledBatch, error: BaseException, *, can_run_again: bool) -> tuple[TokenOutput, ...]:
         """A fault ends one request: those of a step that failed are run again one at a time, to find it."""
         place = traceback.extract_tb(error.__traceback__)[-1]
         # No text of the exception: it may carry what a patient's prompt held.
         logger.error(
             "A step of %d requests failed: %s at %s:%d", len(batch.rows), type(error).__name__, place.name, place.lineno
         )
-        if isinstance(error, Exception) and len(batch.rows) > 1:
+        if can_run_again and len(batch.rows) > 1:
             self.scheduler.suspect(batch)
             return ()
         return self.scheduler.fail(batch, FAULT_MESSAGE)

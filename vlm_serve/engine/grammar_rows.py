@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vlm_serve.engine.batch import NewRow
+from vlm_serve.engine.batch import Failure, NewRow
 from vlm_serve.engine.structured import AnswerMatcher, GrammarError, Structures
 
 logger = logging.getLogger(__name__)
@@ -19,8 +19,15 @@ logger = logging.getLogger(__name__)
 MAX_MASK_SECONDS = 10.0
 """What a step waits at the most. llguidance's own limits end a mask long before, unless the machine is overloaded."""
 
-TOO_COMPLEX = "The structured output cannot go on: its schema or grammar is too complex here. Simplify it."
-TOO_LATE = "The structured output took too long to check. Simplify its schema or grammar, or send the request again."
+TOO_COMPLEX = Failure(
+    "The structured output cannot go on: its schema or grammar is too complex here, or leaves no token of the model's. "
+    "Simplify it.",
+    param="structured_outputs",
+)
+TOO_LATE = Failure(
+    "The structured output took too long to check. Simplify its schema or grammar, or send the request again."
+)
+FAULT = Failure("A fault in the structured output ended this request.")
 
 _Place = tuple[AnswerMatcher, np.ndarray]
 """Where an answer is in its grammar, and what may come next there."""
@@ -50,7 +57,7 @@ class GrammarRows:
             loading = self._loading
             self._places[new.row] = self._threads.submit(_begin, loading, new, new.grammar)
 
-    def masks(self, rows: Sequence[int]) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+    def masks(self, rows: Sequence[int]) -> tuple[dict[int, np.ndarray], dict[int, Failure]]:
         """What may come next in those of the rows that have a grammar: bool `[vocab]` by row, and by row why an answer
         cannot go on.
         """
@@ -59,18 +66,19 @@ class GrammarRows:
             wait([self._loading])  # no fault of a request's
         wait(asked.values(), timeout=MAX_MASK_SECONDS)
         allowed: dict[int, np.ndarray] = {}
-        failed: dict[int, str] = {}
+        failed: dict[int, Failure] = {}
         for row, future in asked.items():
             if not future.done():
                 future.cancel()
                 failed[row] = TOO_LATE
             elif (error := future.exception()) is None:
                 allowed[row] = future.result()[1]
-            else:
+            elif isinstance(error, GrammarError):
                 failed[row] = TOO_COMPLEX
-                if not isinstance(error, GrammarError):
-                    # No text of the exception: it may carry what a patient's answer held.
-                    logger.error("A mask of a structured output failed: %s", type(error).__name__)
+            else:
+                failed[row] = FAULT
+                # No text of the exception: it may carry what a patient's answer held.
+                logger.error("A mask of a structured output failed: %s", type(error).__name__)
         for row in failed:
             del self._places[row]
         return allowed, failed

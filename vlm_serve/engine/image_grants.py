@@ -1,11 +1,24 @@
 """Which images a step encodes, and which a sequence holds on to."""
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 
 from vlm_serve.engine.batch import ImageKey
 from vlm_serve.engine.encoder_cache import EncoderCache
 from vlm_serve.engine.sequence import Sequence
 from vlm_serve.engine.step import Step
+
+
+def first_image_fits(
+    cache: EncoderCache, step: Step, sequence: Sequence, start: int, without: Iterable[Sequence] = ()
+) -> bool:
+    """Whether `grant_images` from `start` on would grant any tokens, were it without these other sequences: the image
+    that begins there or is cut there, if one is, is on the device or finds room. Changes nothing.
+    """
+    span = next((span for span in sequence.request.images if span.end > start), None)
+    if span is None or span.offset > start or sequence.image_key(span) in cache:
+        return True
+    unpinned = [key for other in without for key in other.pinned_images]
+    return step.can_encode(span.inputs.num_tokens) and cache.can_add(span.inputs.num_tokens, unpinned)
 
 
 def grant_images(cache: EncoderCache, step: Step, sequence: Sequence, start: int, count: int) -> int:
@@ -29,8 +42,7 @@ def grant_images(cache: EncoderCache, step: Step, sequence: Sequence, start: int
         if not is_hit:
             has_room = cache.can_add(size)
             step.images_are_full |= not has_room
-            # An image larger than the budget of a step is encoded alone.
-            if not has_room or (size > step.encoder_budget and step.encode):
+            if not has_room or not step.can_encode(size):
                 return max(0, span.offset - start)
             step.evict_images.extend(cache.add(key, size))
             step.encode[key] = span.inputs

@@ -45,6 +45,8 @@ class KVPlan:
         block_bytes: keys and values in a block.
         windows: of each group of layers, None without one.
         max_chunk: the most tokens of a sequence that one step computes.
+        padding: the share of the pool's bytes that no layer uses, where some groups have fewer layers than the others.
+            It is in no other figure: `kv_waste_ratio` counts places for tokens.
     """
 
     num_blocks: int
@@ -52,6 +54,7 @@ class KVPlan:
     block_bytes: int
     windows: tuple[int | None, ...]
     max_chunk: int
+    padding: float = 0.0
 
     @property
     def memory(self) -> int:
@@ -89,7 +92,8 @@ class KVPlan:
         counts = [f"{self.sequences_of(length):,} of {length:,}" for length in lengths]
         word = "sequence" if counts[0].startswith("1 ") else "sequences"
         counts[0] = counts[0].replace(" ", f" {word} ", 1)
-        return f"{amount}: {self.tokens:,} tokens; {', '.join(counts)}"
+        padding = f", {self.padding:.0%} of it padding" if self.padding else ""
+        return f"{amount}{padding}: {self.tokens:,} tokens; {', '.join(counts)}"
 
 
 def plan_blocks(decoder: DecoderConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> KVPlan:
@@ -115,4 +119,5 @@ def plan_blocks(decoder: DecoderConfig, config: EngineConfig, dtype: torch.dtype
             f"The KV cache's {budget} bytes hold fewer than {2 * len(windows)} blocks of {block_bytes}. "
             "Raise --kv-cache-memory."
         )
-    return KVPlan(num_blocks, config.block_size, block_bytes, windows, config.max_num_batched_tokens)
+    padding = 1 - decoder.num_layers / (len(windows) * decoder.layers_per_group)
+    return KVPlan(num_blocks, config.block_size, block_bytes, windows, config.max_num_batched_tokens, padding)

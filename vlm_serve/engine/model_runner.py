@@ -64,7 +64,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:
-        """Computes one step."""
+        """Computes one step. One that fails keeps none of the images that it encoded: the scheduler forgets them."""
+        try:
+            return self._run(batch)
+        except BaseException:
+            for key, _ in batch.encode:
+                self._embeddings.pop(key, None)
+            raise
+
+    def _run(self, batch: ScheduledBatch) -> StepResult:
         encoder_seconds = self._take_in(batch)
         query_start = prefix_sums(batch.counts)
         flat_rows = np.repeat(batch.rows, batch.counts)

@@ -20,7 +20,8 @@ class NgramIndex:
 
     Args:
         capacity: the most tokens that the sequence can have.
-        image_spans: `[begin, end)` of placeholders in its prompt: they are neither matched nor guessed.
+        image_spans: `[begin, end)` of placeholders in its prompt: they are neither matched nor guessed, whatever image
+            they stand for.
     """
 
     def __init__(self, capacity: int, image_spans: Iterable[tuple[int, int]] = ()) -> None:
@@ -38,10 +39,10 @@ class NgramIndex:
         tokens = self._tokens[: self._length]
         if limit < 1 or len(tokens) <= MIN_MATCH:
             return ()
-        ends = np.flatnonzero(tokens[:-1] == tokens[-1])  # where a match may end
+        ends = np.flatnonzero((tokens[:-1] == tokens[-1]) & (tokens[-1] != _IMAGE))  # where a match may end
         for back in range(1, MAX_MATCH):
             longer = ends[ends >= back]
-            longer = longer[tokens[longer - back] == tokens[-1 - back]]
+            longer = longer[(tokens[longer - back] == tokens[-1 - back]) & (tokens[-1 - back] != _IMAGE)]
             if not len(longer):
                 if back < MIN_MATCH:
                     return ()

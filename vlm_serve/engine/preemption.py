@@ -1,4 +1,4 @@
-"""Who gives way when rows, blocks or adapter slots run short: worse classes first, in a class the latest.
+"""Who gives way when rows, blocks, adapter slots or image room run short: worse classes first, in a class the latest.
 
 Nobody does where all who may would not be enough.
 """
@@ -6,11 +6,14 @@ Nobody does where all who may would not be enough.
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 
+from vlm_serve.engine.encoder_cache import EncoderCache
+from vlm_serve.engine.image_grants import first_image_fits
 from vlm_serve.engine.sequence import Sequence
+from vlm_serve.engine.step import Step
 from vlm_serve.lora.store import AdapterSlots
 
 MAX_PREEMPTIONS = 4
-"""How often a sequence gives way to a better class before it joins it."""
+"""How often a sequence gives way to a better class; the last time it joins that class."""
 
 
 def victims(running: list[Sequence], worse_than: int | None = None) -> Iterator[Sequence]:
@@ -47,8 +50,19 @@ def slot_users(adapters: AdapterSlots, running: list[Sequence], sequence: Sequen
     return min(worse, key=len, default=None)
 
 
+def image_users(
+    cache: EncoderCache, running: list[Sequence], step: Step, sequence: Sequence, start: int
+) -> list[Sequence] | None:
+    """Who must give way for the image under `start` to find room: as few as suffice of those of worse classes that are
+    in the middle of one; None where they would not be enough.
+    """
+    holders = (one for one in victims(running, worse_than=sequence.priority) if one.pinned_images)
+    return enough_of(holders, lambda some: first_image_fits(cache, step, sequence, start, without=some))
+
+
 def give_way(victim: Sequence, winner: Sequence) -> None:
-    """One that this happens to again and again joins the class of those it gives way to."""
-    victim.preemptions += 1
-    if victim.preemptions > MAX_PREEMPTIONS:
-        victim.priority = min(victim.priority, winner.priority)
+    """One that has given way to better classes again and again joins the class that it gives way to."""
+    if winner.priority < victim.priority:
+        victim.preemptions += 1
+        if victim.preemptions >= MAX_PREEMPTIONS:
+            victim.priority = winner.priority

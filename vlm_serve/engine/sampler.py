@@ -20,7 +20,7 @@ class SamplingRows:
     Args:
         temperature: float `[n]`, below `GREEDY_BELOW` for greedy.
         top_k: int64 `[n]`, 0 or less for every token.
-        top_p: float `[n]`.
+        top_p: float `[n]`, above 0.
         min_p: float `[n]`, 0 for every token.
         draws: uint64 `[n]`, the seed of each row.
         indices: int64 `[n]`, which token of its answer each row draws.
@@ -75,9 +75,8 @@ def _draw_filtered(
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), float("-inf"))
     probabilities = torch.softmax(ordered, dim=-1)
     mass_before = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
+    # The most likely token always stays: no mass is before it, and top_p is above 0.
     probabilities = probabilities.masked_fill((mass_before >= top_p) | _is_below(ordered, min_p), 0.0)
-    # The most likely token always stays, however small top_p is.
-    probabilities[:, 0].clamp_(min=torch.finfo(probabilities.dtype).tiny)
     return token_ids.gather(1, _invert(probabilities, uniform)[:, None])[:, 0]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vlm_serve.decoders.decoder import Decoder
-from vlm_serve.engine.batch import NewRow, ScheduledBatch, StepResult
+from vlm_serve.engine.batch import Failure, NewRow, ScheduledBatch, StepResult
 from vlm_serve.engine.grammar_rows import GrammarRows
 from vlm_serve.engine.logits import LogitEdits, edit_logits, mask_logits
 from vlm_serve.engine.logprobs import prompt_logprobs, token_logprobs
@@ -22,9 +22,10 @@ from vlm_serve.types import TokenLogprobs
 NOT_ASKED = -1
 NOTHING = np.empty(0, dtype=np.int64)
 
-NO_TOKEN_LEFT = (
+NO_TOKEN_LEFT = Failure(
     "No token is left that this request allows here. Loosen allowed_token_ids, bad_words, min_tokens or the "
-    "structured output."
+    "structured output.",
+    param="allowed_token_ids",
 )
 
 
@@ -55,7 +56,7 @@ class _Drawn:
 
     tokens: np.ndarray
     logprobs: Mapping[int, TokenLogprobs]
-    failed: Mapping[int, str]
+    failed: Mapping[int, Failure]
 
 
 class SamplingHead:
@@ -175,10 +176,10 @@ class SamplingHead:
             logprobs = dict(zip(asked.tolist(), entries, strict=True))
         return _Drawn(tokens, logprobs, failed)
 
-    def _change(self, logits: torch.Tensor, rows: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    def _change(self, logits: torch.Tensor, rows: np.ndarray) -> tuple[np.ndarray, dict[int, Failure]]:
         """Edits and masks logits in place; returns which, int64, and by row why an answer cannot go on."""
         changed: list[int] = []
-        failed: dict[int, str] = {}
+        failed: dict[int, Failure] = {}
         if self._edits:
             edits = [(index, self._edits[row]) for index, row in enumerate(rows.tolist()) if row in self._edits]
             edit_logits(logits, edits)

@@ -6,6 +6,7 @@ one budget. Class by class, the better first, running sequences go before waitin
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain, takewhile
 
 import numpy as np
@@ -16,7 +17,7 @@ from vlm_serve.engine.batch import ScheduledBatch, StepResult, TableEntry
 from vlm_serve.engine.block_manager import BlockManager
 from vlm_serve.engine.encoder_cache import EncoderCache
 from vlm_serve.engine.image_grants import grant_images, unpin_images, unpin_passed_images
-from vlm_serve.engine.preemption import enough_of, give_way, slot_users, victims
+from vlm_serve.engine.preemption import enough_of, give_way, image_users, slot_users, victims
 from vlm_serve.engine.sequence import RequestRun, Sequence
 from vlm_serve.engine.step import Step
 from vlm_serve.engine.waiting import Neglect, WaitingQueue
@@ -122,9 +123,9 @@ class Scheduler:
             unpin_passed_images(self.images, sequence)
             if samples and row not in result.failed:
                 outputs.append(self._output(sequence, tokens, logprobs[: len(tokens)], result.embeddings.get(row)))
-        for row, message in result.failed.items():
+        for row, failure in result.failed.items():
             if failed := self._by_row.get(row):
-                outputs += self._end_in_error(failed.request.request_id, message)
+                outputs += self._end_in_error(failed.request.request_id, failure.message, failure.param)
         return tuple(outputs)
 
     def fail(self, batch: ScheduledBatch, message: str) -> tuple[TokenOutput, ...]:
@@ -215,7 +216,6 @@ class Scheduler:
         before = takewhile(lambda one: one is not sequence, victims(self.running))
         gone = enough_of(before, lambda some: self.blocks.can_grow(sequence, num_tokens, without=some))
         for victim in gone or [sequence]:
-            step.is_full |= victim.priority == sequence.priority
             self._preempt(step, victim, sequence)
         return gone is not None
 
@@ -237,14 +237,15 @@ class Scheduler:
                     step.slots_are_taken = sequence.slotless_steps > PATIENCE
                 continue
             prefix = self._find_prefix(sequence)
-            if not self._make_room(step, sequence, prefix, users):
-                step.is_full = True
-                return
             start = len(prefix) * self.config.block_size
-            count = grant_images(self.images, step, sequence, start, sequence.chunk(start, step.room))
-            if count == 0:
+            holders = image_users(self.images, self.running, step, sequence, start)
+            if holders is None:
                 step.images_are_full = True
                 continue
+            if not self._make_room(step, sequence, prefix, [*dict.fromkeys(users + holders)]):
+                step.is_full = True
+                return
+            count = grant_images(self.images, step, sequence, start, sequence.chunk(start, step.room))
             self.waiting.remove(sequence)
             self._take_row(step, sequence)
             self._start(sequence, prefix)
@@ -277,7 +278,7 @@ class Scheduler:
 
     def _make_room(self, step: Step, sequence: Sequence, prefix: list[TableEntry], users: list[Sequence]) -> bool:
         """Whether it finds a row, blocks and a token of the budget, if need be those of running sequences of worse
-        classes. These give way, and the `users` of its adapter's slot with them, only if it does.
+        classes. These give way, and the `users` of its adapter's slot and its image's room with them, only if it does.
 
         Blocks for all that is known, not for one chunk: a prompt let in by halves is soon preempted.
         """
@@ -379,13 +380,12 @@ class Scheduler:
             self._finish(sequence, sequence.finish_reason)
         return sequence.run.complete(output, self._clock())
 
-    def _end_in_error(self, request_id: str, message: str) -> list[TokenOutput]:
+    def _end_in_error(self, request_id: str, message: str, param: str | None = None) -> list[TokenOutput]:
         """A fault ends one request, with all its answers."""
+        ended = TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=message, error_param=param)
         outputs = []
         for sequence in list(self._runs[request_id].answers):
-            outputs.append(
-                TokenOutput(request_id, index=sequence.index, finish_reason=FinishReason.ERROR, error=message)
-            )
+            outputs.append(replace(ended, index=sequence.index))
             self._finish(sequence, FinishReason.ERROR)
         return outputs
 

@@ -55,7 +55,8 @@ class Sequence:
     `computed` tokens have their keys and values in the cache; `token_ids` are the prompt and the answer so
     far. `row` is its place in the batch while it runs. `block_hashes` grows with the full blocks of
     `token_ids` and never changes; `block_table` is what it holds of the cache now. A suspect was in a step
-    that failed and has to pass one alone. `priority` is the request's until it has waited or given way too often.
+    that failed and has to pass one alone. `priority` is the request's until it has waited or given way too often;
+    `preemptions` count how often it gave way to a better class.
     `slotless_steps` count those in which its adapter found no slot.
     """
 

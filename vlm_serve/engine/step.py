@@ -43,6 +43,10 @@ class Step:
         """Tokens that may be granted beyond those kept back."""
         return self.budget - len(self.decoding)
 
+    def can_encode(self, size: int) -> bool:
+        """Whether an image of so many tokens may be encoded in it; one larger than the budget is encoded alone."""
+        return size <= self.encoder_budget or not self.encode
+
     def grant(self, sequence: Sequence, count: int, blocks: tuple[TableEntry, ...]) -> None:
         """A chunk with an atomic span may be past the room; it takes nothing of what is kept back."""
         self.granted.append(Grant(sequence, count, blocks))

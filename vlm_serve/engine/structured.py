@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from vlm_serve.errors import InvalidRequestError
 from vlm_serve.types import StructuredOutputs
@@ -39,7 +38,7 @@ LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
     step_lexer_fuel=200_000,
     step_max_items=50_000,
-    max_items_in_row=2000,
+    max_items_in_row=10_000,  # an object takes four for each property that may be left out
     max_lexer_states=20_000,
     max_grammar_size=200_000,
     verbose_errors=False,
@@ -68,12 +67,8 @@ class Structures:
         eos_token_ids: what a complete answer ends with.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast | Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]
-    ) -> None:
-        backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
-        assert isinstance(backend, Tokenizer)
-        self._backend = backend
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._backend = tokenizer
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
         self._lock = Lock()
@@ -88,19 +83,34 @@ class Structures:
         n_vocab = max(self.vocab_size, plain.get_vocab_size(with_added_tokens=True))
         return LLTokenizer(plain.to_str(), n_vocab=n_vocab, eos_token=list(self.eos_token_ids))
 
-    def compile_grammar(self, spec: StructuredOutputs) -> str:
+    def compile_grammar(self, spec: StructuredOutputs, allowed_token_ids: Sequence[int] | None = None) -> str:
         """What an answer must match, as llguidance takes it. Bounded in size and in time.
 
+        Args:
+            allowed_token_ids: the only tokens that the answer may have besides, where there is such a bound.
+
         Raises:
-            InvalidRequestError: it is not well formed, not supported or too large. The text echoes nothing of it.
+            InvalidRequestError: it is not well formed, not supported, too large, or no answer can begin in it. The
+                text echoes nothing of it.
         """
         name, grammar = _grammar(spec)
-        # Only Lark's syntax can name tokens of the vocabulary.
-        tokens = self.tokens if name == "grammar" else None
-        is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokens, limits=LIMITS)
-        if is_error:
-            raise _refused(name, _hint(name, messages[0]))
+        if not self._is_compiled(grammar):
+            # Only Lark's syntax can name tokens of the vocabulary.
+            tokens = self.tokens if name == "grammar" else None
+            is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokens, limits=LIMITS)
+            if is_error:
+                raise _refused(name, _hint(name, messages[0]))
+        try:
+            start = AnswerMatcher(self, grammar, min_tokens=0, end_ids=(), answer=()).mask()
+        except GrammarError:
+            raise _refused(name, "No answer can match it, or it is too complex. Loosen or simplify it.") from None
+        if not start.any() or (allowed_token_ids is not None and not start[list(allowed_token_ids)].any()):
+            raise _refused(name, "No answer can begin with a token that the model has and 'allowed_token_ids' allows.")
         return grammar
+
+    def _is_compiled(self, grammar: str) -> bool:
+        with self._lock:
+            return grammar in self._matchers
 
     def matcher(self, grammar: str) -> LLMatcher:
         """One at the grammar's start; the last grammars are kept compiled."""
@@ -197,17 +207,24 @@ def _grammar(spec: StructuredOutputs) -> tuple[str, str]:
 
 
 def _of_schema(schema: Mapping[str, Any]) -> str:
-    # `overrides` has the last word: a schema may not switch checks off by its `x-guidance`.
-    return LLMatcher.grammar_from_json_schema(
-        dict(schema),
-        overrides={"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE},
-    )
+    try:
+        # `overrides` has the last word: a schema may not switch checks off by its `x-guidance`.
+        return LLMatcher.grammar_from_json_schema(
+            dict(schema),
+            overrides={"lenient": False, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE},
+        )
+    except ValueError:
+        raise _refused("json", "It has a number that is out of range: whole numbers have 64 bits.") from None
 
 
 def _schema(given: str | Mapping[str, Any]) -> dict[str, Any]:
     """A schema, checked for what llguidance does not check in time."""
     try:
-        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False, allow_nan=False)
+        if isinstance(given, str):
+            _check_size("json", given)
+            given = json.loads(given)
+        # Text may spell out what is no JSON for llguidance: NaN, half of a surrogate pair.
+        text = json.dumps(given, ensure_ascii=False, allow_nan=False)
         _check_size("json", text)
         schema = json.loads(text)
     except (ValueError, TypeError, RecursionError):
@@ -263,4 +280,5 @@ def _hint(name: str, message: str) -> str:
 
 
 def _refused(name: str, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"structured_outputs: {name} cannot be used. {reason}", param="structured_outputs")
+    what = {"json": "JSON schema", "json_object": "JSON object", "regex": "regular expression"}.get(name, name)
+    return InvalidRequestError(f"The {what} cannot be used. {reason}", param="structured_outputs")

@@ -32,5 +32,5 @@ class TokenCounters:
         self._served[tenant] = max(self[tenant], floor)
 
     def leave(self, tenant: str) -> None:
-        """Nothing of the tenant's waits any more."""
+        """One of the tenant's sequences waits no more."""
         self._last_to_leave = tenant

@@ -58,6 +58,7 @@ class WaitingQueue:
         insort(tenants.setdefault(sequence.request.tenant, []), sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
+        self.counters.leave(sequence.request.tenant)
         if sequence.is_suspect:
             self.suspects.remove(sequence)
             return
@@ -69,7 +70,6 @@ class WaitingQueue:
         del queue[place]
         if not queue:
             del tenants[tenant]
-            self.counters.leave(tenant)
         if not tenants:
             del self._classes[sequence.priority]
 

@@ -51,8 +51,8 @@ class AsyncLLM:
     `tenant` is who asks, as the server knows it: no cache entry of one is seen by another, and the scheduler is fair
     between them. A lower `priority` goes first; 0 is routine.
 
-    At most `max_num_seqs + max_waiting_requests` answers are under way at once, those in ingest and those that wait for
-    an engine to come back included; a request counts as its `n`. An idle server takes any `n`.
+    At most `max_answers` (`max_num_seqs + max_waiting_requests`) are under way at once, those in ingest and those that
+    wait for an engine to come back included; a request counts as its `n`. An idle server takes any `n`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AsyncLLM:
         self._engine = engine
         self._ingest = ingest
         self._family = family
-        self._max_answers = max_answers
+        self.max_answers = max_answers
         self._in_ingest = 0
         self._token_bytes = TokenBytes(family.backend_tokenizer)
         self._salt_key = secrets.token_bytes(32)
@@ -236,6 +236,15 @@ class AsyncLLM:
         self._find(model)
         return await asyncio.to_thread(self._ingest.decode_text, token_ids)
 
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """What each token stands for, with U+FFFD for bytes that are no whole character.
+
+        Raises:
+            OverloadedError: too many requests are under way.
+        """
+        with self._room_for(1):
+            return await asyncio.to_thread(self._token_bytes.texts, token_ids)
+
     async def check_health(self) -> None:
         """A round trip through the engine's loop.
 
@@ -274,8 +283,7 @@ class AsyncLLM:
     ) -> tuple[Request, PreparedPrompt, OutputStream]:
         with self._room_for(sampling.n):
             prepared = await prepare()
-            request = await asyncio.to_thread(
-                self._ingest.request,
+            request = await self._ingest.request_async(
                 prepared,
                 sampling,
                 request_id=request_id,
@@ -300,7 +308,7 @@ class AsyncLLM:
             OverloadedError: there are too many.
         """
         under_way = self._in_ingest + self._engine.num_answers
-        if under_way and under_way + answers > self._max_answers:
+        if under_way and under_way + answers > self.max_answers:
             raise OverloadedError("Too many requests are waiting. Try again in a moment.")
         self._in_ingest += answers
         try:

@@ -39,8 +39,12 @@ class EngineClient:
         self.dead = asyncio.Event()
         """Set once the process can say no more and all that it said has been handled."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = spawn("vlm_serve.serving.engine_process", theirs)
+        try:
+            with theirs:
+                self._process = spawn("vlm_serve.serving.engine_process", theirs)
+        except BaseException:
+            ours.close()
+            raise
         self._channel = Channel(ours)
         self._threads = [
             threading.Thread(target=work, daemon=True, name=f"engine-{work.__name__.strip('_')}")
@@ -60,6 +64,7 @@ class EngineClient:
 
         Raises:
             ConfigurationError: the engine refuses its settings, or died while it loaded.
+            OSError: the machine has no process or file descriptor left.
         """
         client = cls(on_message, on_phase)
         try:

@@ -5,14 +5,7 @@ nothing else notices. It ends when the pool closes its end of the channel.
 """
 
 import contextlib
-import math
 import os
-import resource
-import signal
-import socket
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 
@@ -22,6 +15,7 @@ from vlm_serve.clinical.pixels import load_decoders
 from vlm_serve.config import DecodeLimits
 from vlm_serve.errors import CorruptImageError, ImageError, ImageLimitError
 from vlm_serve.serving.channel import Channel, ChannelClosedError, decode, encode, read_shared, write_shared
+from vlm_serve.serving.worker_process import close_output, limited, open_channel
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -55,14 +49,9 @@ UNEXPECTED = "The file cannot be decoded: it is damaged or breaks off. Send it a
 
 
 def main() -> None:
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    # A Ctrl-C or a service manager's stop reaches the whole group; it is for the server, which then closes
-    # the channel.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump is a copy of a patient's image
+    channel = open_channel()
     load_decoders()
-    _close_output()
+    close_output()
     with contextlib.suppress(ChannelClosedError):
         channel.send(encode(Ready()))
         while True:
@@ -70,17 +59,9 @@ def main() -> None:
             _serve(channel, decode(message, Job), fds[0])
 
 
-def _close_output() -> None:
-    """From here on, what C libraries print about a file goes nowhere."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.dup2(null, sys.stderr.fileno())
-    os.close(null)
-
-
 def _serve(channel: Channel, job: Job, fd: int) -> None:
     try:
-        with _limits(job.limits):
+        with limited(job.limits.memory_bytes, job.limits.cpu_seconds):
             try:
                 data = bytearray(job.size)
                 read_shared(fd, data)
@@ -101,35 +82,6 @@ def _serve(channel: Channel, job: Job, fd: int) -> None:
             os.close(pixels)
         return
     channel.send(encode(answer))
-
-
-@contextlib.contextmanager
-def _limits(limits: DecodeLimits) -> Iterator[None]:
-    """The kernel's limits for one file, over what the process has used until now.
-
-    Past the memory, allocations fail; past the CPU time, the process is killed by SIGXCPU.
-    """
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu_seconds = math.ceil(used.ru_utime + used.ru_stime) + limits.cpu_seconds
-    _set_soft(resource.RLIMIT_CPU, cpu_seconds)
-    _set_soft(resource.RLIMIT_AS, _address_space() + limits.memory_bytes)
-    try:
-        yield
-    finally:
-        _set_soft(resource.RLIMIT_AS, resource.RLIM_INFINITY)
-        _set_soft(resource.RLIMIT_CPU, resource.RLIM_INFINITY)
-
-
-def _set_soft(kind: int, value: int) -> None:
-    _, hard = resource.getrlimit(kind)
-    soft = value if hard == resource.RLIM_INFINITY else hard if value == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (soft, hard))
-
-
-def _address_space() -> int:
-    """Bytes of address space in use; 0 where the system does not say (the limit is then the whole process's)."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
 
 
 if __name__ == "__main__":

@@ -3,13 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from vlm_serve.serving.token_bytes import TokenBytes, begins_inside_a_character, num_unfinished
 from vlm_serve.types import FinishReason, SamplingParams
 
 INVALID_PREFIX = "Invalid prefix encountered"
 """How `tokenizers` says that later bytes have undone a character that it had given out."""
+
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""Stands in decoded text for bytes that are no UTF-8."""
+
+CONTEXTS = (8, 64, 512)
+"""Tokens to look at: of ordinary text one is enough, of a character in single bytes four. Special ones may be none."""
+
+MAX_DROPPED = 8
+"""Tokens: what there is to look at is bounded, whatever a prompt ends in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +43,23 @@ class Detokenizer:
     A character whose bytes are not all there yet, and text that may be the beginning of a stop string, are
     held back until the next token decides. Of several stop strings the one that is complete first ends the answer,
     however the text is cut into tokens; what the first `min_tokens` tokens complete ends nothing.
+
+    Args:
+        before: the tokens of the text that the answer goes on with, none for an answer that is a text of its own.
+            Decoders of SentencePiece's kind take the space off a text's first word alone. A character that they leave
+            unfinished is the answer's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, token_bytes: TokenBytes, sampling: SamplingParams, before: Sequence[int] = ()) -> None:
+        self._tokenizer = token_bytes.tokenizer
         self._sampling = sampling
         self._stop = sampling.stop_strings
         self._longest = max((len(stop) for stop in self._stop), default=0)
+        end = len(before) - num_unfinished([token_bytes[token] for token in before[-3:]])
+        self._shown_ids = self._last_shown(token_bytes, before[:end])
         self._stream = self._new_stream()
         self._pending_ids: list[int] = []
-        self._held = ""
+        self._held = "".join(map(self._decode, before[end:]))
         self._num_tokens = 0
 
     def add(
@@ -77,8 +94,27 @@ class Detokenizer:
         stop_reason = stop_token if stop_token in (self._sampling.stop_token_ids or ()) else None
         return TextDelta(text, tuple(counted), finish_reason, stop_reason)
 
+    def _last_shown(self, token_bytes: TokenBytes, before: Sequence[int]) -> list[int]:
+        """Some of the last tokens, from the beginning of a character on, that are any text; none if there are none.
+
+        What the stream is begun with must not end in U+FFFD, which it takes for a character that is not whole yet.
+        """
+        for size in CONTEXTS:
+            last = list(before[-size:])
+            while last and begins_inside_a_character(token_bytes[last[0]]):
+                del last[0]
+            for _ in range(MAX_DROPPED):
+                text = self._decode_all(last)
+                if not text.endswith(REPLACEMENT):
+                    break
+                del last[-1]
+            if text and not text.endswith(REPLACEMENT):
+                return last
+        return []
+
     def _new_stream(self) -> DecodeStream:
-        return DecodeStream(skip_special_tokens=self._sampling.skip_special_tokens)
+        """One that goes on with what was shown last."""
+        return DecodeStream(ids=self._shown_ids, skip_special_tokens=self._sampling.skip_special_tokens)
 
     def _decode(self, token_id: int) -> str:
         self._pending_ids.append(token_id)
@@ -92,13 +128,17 @@ class Detokenizer:
             self._stream = self._new_stream()
         if text is None:
             return ""
-        self._pending_ids.clear()
+        if not text.endswith(REPLACEMENT):
+            self._shown_ids = self._pending_ids
+        self._pending_ids = []
         return text
 
     def _decode_rest(self) -> str:
         """An answer cut in the middle of a character ends with the replacement character, as `decode` has it."""
-        skip = self._sampling.skip_special_tokens
-        return self._tokenizer.decode(self._pending_ids, skip_special_tokens=skip) if self._pending_ids else ""
+        return self._decode_all(self._pending_ids) if self._pending_ids else ""
+
+    def _decode_all(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._sampling.skip_special_tokens)
 
     def _find_stop(self, known: int) -> tuple[int, str] | None:
         """The stop string that is complete first, of those that end beyond the first `known` held characters, and

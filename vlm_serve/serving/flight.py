@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vlm_serve.engine.engine import Engine
@@ -53,8 +54,7 @@ class Flight:
             for output in outputs:
                 answers = self._running[output.request_id]
                 before = answers.num_tokens
-                if answers.add(output):
-                    self._engine.abort(output.request_id, output.index)
+                answers.add(output, partial(self._engine.abort, output.request_id))
                 self.num_tokens += answers.num_tokens - before
                 if answers.has_ended:
                     ended.append(self._running.pop(output.request_id))

@@ -7,17 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from vlm_serve.clinical.image import ImageReceipt
 from vlm_serve.config import IngestConfig
-from vlm_serve.engine.structured import Structures
 from vlm_serve.errors import ImageError, InvalidRequestError
 from vlm_serve.families.base import ModelFamily, Prompt
 from vlm_serve.serving.decode_pool import DecodePool
+from vlm_serve.serving.grammar_pool import GrammarPool
+from vlm_serve.serving.grammar_worker import Vocabulary
 from vlm_serve.types import ChatInput, ImageInputs, ImagePart, Request, SamplingParams
+
+GRAMMAR_THREADS = 4
+"""They wait for the one process that compiles."""
 
 OnImage = Callable[[float, float], None]
 """Told of each image the seconds in which its file was decoded, and those in which its pixels were processed."""
@@ -25,10 +30,13 @@ OnImage = Callable[[float, float], None]
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
-    """A prompt for the engine, and the receipts of its images in order."""
+    """A prompt for the engine, and the receipts of its images in order. `continues` says that an answer goes on with
+    its text; else it is a new message.
+    """
 
     prompt: Prompt
     receipts: tuple[ImageReceipt, ...] = ()
+    continues: bool = False
 
 
 class Ingest:
@@ -43,6 +51,8 @@ class Ingest:
         self._family = family
         self._workers = config.workers
         self._pool = DecodePool(config)
+        self._grammars = GrammarPool(self._vocabulary)
+        self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
         self._pool.start()
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="ingest")
         self._on_image: list[OnImage] = []
@@ -82,7 +92,7 @@ class Ingest:
                 which a plain prompt has not.
         """
         if isinstance(prompt, str):
-            return PreparedPrompt(self._family.encode_text(prompt))
+            return PreparedPrompt(self._family.encode_text(prompt), continues=True)
         if not prompt:
             raise InvalidRequestError("The prompt is empty.", param="prompt")
         self._check_ids("prompt", prompt)
@@ -92,7 +102,7 @@ class Ingest:
                 "a chat.",
                 param="prompt",
             )
-        return PreparedPrompt(Prompt(tuple(prompt)))
+        return PreparedPrompt(Prompt(tuple(prompt)), continues=True)
 
     def request(
         self,
@@ -110,7 +120,8 @@ class Ingest:
         `structured_outputs` compiled. It may block for as long as a schema takes.
 
         Raises:
-            InvalidRequestError: the cut would lose an image, a token id is not of the vocabulary, or the schema is bad.
+            InvalidRequestError: the cut would lose an image, a token id is not of the vocabulary, or no answer can be
+                of the schema.
         """
         for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
             self._check_ids(name, tuple(getattr(sampling, name) or ()))
@@ -126,9 +137,16 @@ class Ingest:
             priority=priority,
             eos_token_ids=self._family.eos_token_ids,
             bad_word_ids=bad_word_ids(self._family.backend_tokenizer, tuple(sampling.bad_words or ())),
-            grammar=None if spec is None else self._structures.compile_grammar(spec),
+            grammar=None if spec is None else self._grammars.compile(spec, sampling.allowed_token_ids),
             pooling=pooling,
+            continues=prepared.continues,
         )
+
+    async def request_async(self, prepared: PreparedPrompt, sampling: SamplingParams, **fields: Any) -> Request:
+        """As `request`, on a thread. Schemas have threads of their own: those that take long make only others wait."""
+        threads = None if sampling.structured_outputs is None else self._grammar_threads
+        work = partial(self.request, prepared, sampling, **fields)
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     def decode_text(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included.
@@ -140,15 +158,16 @@ class Ingest:
         return self._family.backend_tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def close(self) -> None:
-        """Ends the workers; what they were decoding fails."""
+        """Ends the workers; what they were decoding or compiling fails."""
         self._pool.close()
+        self._grammars.close()
         self._threads.shutdown(cancel_futures=True)
+        self._grammar_threads.shutdown(cancel_futures=True)
 
-    @cached_property
-    def _structures(self) -> Structures:
-        """Made for the first request that asks for it: it walks the whole vocabulary."""
+    def _vocabulary(self) -> Vocabulary:
         family = self._family
-        return Structures(family.backend_tokenizer, family.decoder_config.vocab_size, family.eos_token_ids)
+        size = family.decoder_config.vocab_size
+        return Vocabulary(family.backend_tokenizer.to_str(), size, family.eos_token_ids)
 
     def _check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         size = self._family.decoder_config.vocab_size
@@ -171,7 +190,8 @@ class Ingest:
 
     def _render(self, chat: ChatInput, images: list[tuple[ImageInputs, ImageReceipt]]) -> PreparedPrompt:
         prompt = self._family.render_chat(chat, [inputs for inputs, _ in images])
-        return PreparedPrompt(prompt, tuple(receipt for _, receipt in images))
+        receipts = tuple(receipt for _, receipt in images)
+        return PreparedPrompt(prompt, receipts, continues=chat.continue_final_message)
 
 
 def truncated(prompt: Prompt, kept: int | None) -> Prompt:

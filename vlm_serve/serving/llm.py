@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,26 +18,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from vlm_serve.config import EngineConfig, IngestConfig, ModelConfig
-from vlm_serve.engine.engine import Engine
-from vlm_serve.errors import InvalidRequestError, ModelNotFoundError, RequestFailedError, VlmServeError
+from vlm_serve.engine.engine import Engine, choose_device
+from vlm_serve.errors import (
+    ConfigurationError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RequestFailedError,
+    VlmServeError,
+)
 from vlm_serve.families import load_family, resolve_model
 from vlm_serve.families.prompt import ToolFormat
 from vlm_serve.lora.store import AdapterStore
 from vlm_serve.serving.flight import Flight, Running
 from vlm_serve.serving.ingest import Ingest
-from vlm_serve.serving.media import read_conversation
+from vlm_serve.serving.media import PromptInput, read_conversation, read_prompts
 from vlm_serve.serving.outputs import Answers, EmbeddingRequestOutput, Pooled, RequestOutput
 from vlm_serve.serving.served_model import ServedModel, served_models
 from vlm_serve.serving.token_bytes import TokenBytes
+from vlm_serve.serving.vllm_arguments import default_sampling, engine_config
 from vlm_serve.types import ChatInput, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
-PromptInput = str | Mapping[str, Any]
-"""A text, `{"prompt": text}` or `{"prompt_token_ids": ids}`, as vLLM takes them."""
-
 T = TypeVar("T")
 Output = RequestOutput | EmbeddingRequestOutput
 
@@ -77,7 +82,8 @@ class LLM:
         adapters: a directory of PEFT folders; `adapter=NAME` in a call asks for one.
         device: `auto`, `cpu` or `cuda`.
         kv_cache_memory: bytes; on a GPU also a share of what the weights leave free, as a float such as 0.8.
-        **engine: further fields of `EngineConfig`.
+        seed: makes calls repeat from run to run whose `SamplingParams` have no seed of their own.
+        **engine: further fields of `EngineConfig`, and vLLM's settings where they hold here.
 
     Raises:
         ConfigurationError: says what does not fit and what to do.
@@ -95,21 +101,25 @@ class LLM:
         adapters: str | Path | None = None,
         device: str = "auto",
         kv_cache_memory: int | float | None = None,
+        seed: int | None = None,
         ingest: IngestConfig | None = None,
         on_phase: Callable[[str, float], None] = lambda name, seconds: None,
         **engine: Any,
     ) -> None:
+        given = engine | {
+            "max_model_len": max_model_len,
+            "enable_prefix_caching": enable_prefix_caching,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "block_size": block_size,
+            "kv_cache_memory": kv_cache_memory,
+        }
+        config = engine_config(given, is_on_gpu=choose_device(device).type == "cuda")
+        if not isinstance(seed, int | None):
+            raise ConfigurationError("seed must be a whole number.")
+        self._seeds = None if seed is None else random.Random(seed)
         folder = resolve_model(str(model), logger.info)
         self._family = load_family(folder)
         self._adapters = AdapterStore(None if adapters is None else Path(adapters))
-        config = EngineConfig(
-            max_model_len=max_model_len,
-            enable_prefix_caching=enable_prefix_caching,
-            max_num_batched_tokens=max_num_batched_tokens,
-            block_size=block_size,
-            kv_cache_memory=kv_cache_memory,
-            **engine,
-        )
         model_config = ModelConfig(str(model), None, dtype, device)
         self.engine = Engine.build(self._family, model_config, config, self._adapters.adapters, on_phase)
         self._folder, self._name = folder, model_config.served_name
@@ -134,6 +144,19 @@ class LLM:
         """The checkpoint's tokenizer, to make prompts with."""
         return self._family.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation config recommends: that of calls without `SamplingParams`. They are frozen;
+        `dataclasses.replace` makes others of them.
+
+        Raises:
+            CheckpointError: a value of it cannot be used.
+        """
+        return self._default_sampling
+
+    @cached_property
+    def _default_sampling(self) -> SamplingParams:
+        return default_sampling(self._folder)
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included.
 
@@ -146,9 +169,9 @@ class LLM:
         self,
         prompts: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
         *,
         adapter: str | Sequence[str | None] | None = None,
-        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continues plain prompts; no chat template is applied. Answers are in the order of the prompts.
 
@@ -156,15 +179,15 @@ class LLM:
 
         Args:
             prompts: one or several, each a text, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
-            sampling_params: for all, or one for each prompt.
-            adapter: for all, or one for each prompt; None is the base model.
+            sampling_params: for all, or one for each prompt; None is `get_default_sampling_params`.
             use_tqdm: shows a progress bar (vLLM's name for it).
+            adapter: for all, or one for each prompt; None is the base model.
 
         Raises:
             InvalidRequestError: a prompt cannot be served; nothing has run then.
             KeyboardInterrupt: all is aborted; the engine can be used again.
         """
-        return self._answer([_read_prompt(prompt) for prompt in _as_list(prompts)], sampling_params, adapter, use_tqdm)
+        return self._answer(read_prompts(prompts), sampling_params, adapter, use_tqdm)
 
     def chat(
         self,
@@ -224,7 +247,7 @@ class LLM:
             InvalidRequestError: a prompt cannot be served; nothing has run then.
             KeyboardInterrupt: all is aborted; the engine can be used again.
         """
-        inputs = [_read_prompt(prompt) for prompt in _as_list(prompts)]
+        inputs = read_prompts(prompts)
         adapters: list[str | None] = _one_each(adapter, len(inputs), "adapter")
         jobs = [Job(one, None, name) for one, name in zip(inputs, adapters, strict=True)]
         return cast(list[EmbeddingRequestOutput], self._run_all(jobs, "Embeddings", use_tqdm))
@@ -277,10 +300,16 @@ class LLM:
         adapter: str | Sequence[str | None] | None,
         show_progress: bool,
     ) -> list[RequestOutput]:
-        samplings = _one_each(sampling_params or SamplingParams(), len(inputs), "sampling_params")
+        default = self._default_sampling if sampling_params is None else sampling_params
+        samplings = [self._seeded(one) for one in _one_each(default, len(inputs), "sampling_params")]
         adapters: list[str | None] = _one_each(adapter, len(inputs), "adapter")
         jobs = [Job(*one) for one in zip(inputs, samplings, adapters, strict=True)]
         return cast(list[RequestOutput], self._run_all(jobs, "Answers", show_progress))
+
+    def _seeded(self, sampling: SamplingParams) -> SamplingParams:
+        if self._seeds is None or sampling.seed is not None:
+            return sampling
+        return replace(sampling, seed=self._seeds.getrandbits(63))
 
     def _run_all(self, jobs: Sequence[Job], title: str, show_progress: bool) -> list[Output]:
         """The results in the jobs' order; nothing runs unless all of them can be served."""
@@ -347,28 +376,6 @@ class LLM:
             known = ", ".join(adapter.name for adapter in self._adapters.adapters) or "none"
             raise ModelNotFoundError(f"There is no adapter {name!r}. Known: {known}.", param="adapter")
         return folder.digest
-
-
-def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
-    return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-
-
-def _read_prompt(prompt: PromptInput) -> str | tuple[int, ...]:
-    match prompt:
-        case str(text):
-            return text
-        case {"prompt_token_ids": ids} if len(prompt) == 1 and _are_ids(ids):
-            return tuple(ids)
-        case {"prompt": str(text)} if len(prompt) == 1:
-            return text
-    raise InvalidRequestError(
-        'A prompt must be a text, {"prompt": text} or {"prompt_token_ids": ids}. Images go into LLM.chat.',
-        param="prompt",
-    )
-
-
-def _are_ids(ids: Any) -> bool:
-    return isinstance(ids, Sequence) and all(type(token) is int for token in ids)
 
 
 def _one_each(value: T | Sequence[T], count: int, name: str) -> list[T]:

@@ -1,4 +1,4 @@
-"""Content parts as users write them, online and offline, into the engine's nouns.
+"""Prompts and content parts as users write them, online and offline, into the engine's nouns.
 
 Base64 is decoded and a URL's scheme is judged here; what the bytes are is found out by the decode worker.
 """
@@ -7,10 +7,13 @@ import binascii
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from vlm_serve.errors import InvalidRequestError
@@ -20,6 +23,9 @@ DICOM = "application/dicom"
 SNIFF = "application/octet-stream"
 MEDIA_TYPES = (DICOM, "image/png", "image/jpeg")
 """What a data URL may declare itself to be."""
+
+PromptInput = str | Mapping[str, Any]
+"""A text, `{"prompt": text}` or `{"prompt_token_ids": ids}`, as vLLM takes them."""
 
 _DATA_URL_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.+-]+=[\w.+-]+)*;base64", re.ASCII | re.IGNORECASE)
 _MAX_HEAD = 256
@@ -76,13 +82,52 @@ def read_conversation(messages: Sequence[Mapping[str, Any]]) -> ChatInput:
         raise InvalidRequestError("The conversation has no messages.", param="messages")
     chat = []
     for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InvalidRequestError("A message must have a role and content.", param=f"messages[{index}]")
         content = message.get("content") or ()
         if isinstance(content, str):
             content = ({"type": "text", "text": content},)
+        if not isinstance(content, Sequence):
+            raise InvalidRequestError(
+                "The content must be a text or a list of parts.", param=f"messages[{index}].content"
+            )
         parts = tuple(_read_part(part, f"messages[{index}].content[{number}]") for number, part in enumerate(content))
         calls = tuple(_read_call(call, f"messages[{index}].tool_calls") for call in message.get("tool_calls") or ())
         chat.append(ChatMessage(str(message.get("role", "user")), parts, calls, message.get("tool_call_id")))
     return ChatInput(tuple(chat))
+
+
+def read_prompts(prompts: object) -> list[str | tuple[int, ...]]:
+    """One `PromptInput` or several, each as its text or its token ids.
+
+    Raises:
+        InvalidRequestError: one of them is neither.
+    """
+    if isinstance(prompts, Iterable) and not isinstance(prompts, str | Mapping):
+        return [_read_prompt(one) for one in prompts]
+    return [_read_prompt(prompts)]
+
+
+def _read_prompt(prompt: object) -> str | tuple[int, ...]:
+    match prompt:
+        case str(text):
+            return text
+        case {"prompt_token_ids": ids, **others} if not others and (found := _token_ids(ids)) is not None:
+            return found
+        case {"prompt": str(text), **others} if not others:
+            return text
+    raise InvalidRequestError(
+        'A prompt must be a text, {"prompt": text} or {"prompt_token_ids": ids}. Images go into LLM.chat.',
+        param="prompt",
+    )
+
+
+def _token_ids(ids: Any) -> tuple[int, ...] | None:
+    """A sequence of whole numbers, Python's or numpy's, or an array or tensor of them; None for anything else."""
+    found = ids.tolist() if isinstance(ids, np.ndarray | torch.Tensor) else ids
+    if not isinstance(found, Sequence) or any(isinstance(t, bool) or not isinstance(t, Integral) for t in found):
+        return None
+    return tuple(int(token) for token in found)
 
 
 def _read_call(call: Any, param: str) -> ToolCall:

@@ -1,12 +1,12 @@
 """What the offline class gives back, in vLLM's shapes, and how it grows from the engine's outputs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from vlm_serve.clinical.image import ImageReceipt
-from vlm_serve.serving.detokenizer import Detokenizer
+from vlm_serve.serving.run import Deltas
 from vlm_serve.serving.token_bytes import TokenBytes
 from vlm_serve.types import FinishReason, Request, TokenLogprobs, TokenOutput
 
@@ -90,13 +90,13 @@ class EmbeddingRequestOutput:
 class Answer:
     """One answer while it is made, and once it is."""
 
-    detokenizer: Detokenizer
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_param: str | None = None
 
 
 class Answers:
@@ -112,11 +112,10 @@ class Answers:
         self.sampling = request.sampling
         self.prompt = prompt
         self.prompt_token_ids = request.token_ids
-        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self.receipts = receipts
         self.image_digests = tuple(span.inputs.digest for span in request.images)
-        self.cached_tokens = 0
-        self.answers = [Answer(Detokenizer(token_bytes.tokenizer, self.sampling)) for _ in range(self.sampling.n)]
+        self.answers = [Answer() for _ in range(self.sampling.n)]
+        self._deltas = Deltas(request, token_bytes)
         self._token_bytes = token_bytes
 
     @property
@@ -125,21 +124,27 @@ class Answers:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(answer.token_ids) for answer in self.answers)
+        return self._deltas.num_tokens
 
-    def add(self, output: TokenOutput) -> bool:
-        """Takes in what one step adds to one answer. True if a stop string ended it, which the engine does not know."""
-        answer = self.answers[output.index]
-        if answer.finish_reason is not None:
-            return False
-        delta = answer.detokenizer.add(output.token_ids, output.finish_reason, output.stop_token)
+    @property
+    def cached_tokens(self) -> int:
+        return self._deltas.cached_tokens or 0
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        return self._deltas.prompt_logprobs
+
+    def add(self, output: TokenOutput, abort: Callable[[int], None]) -> None:
+        """Takes in what one step adds to one answer. `abort` ends the answer of an index in the engine."""
+        delta = self._deltas.add(output, abort)
+        if delta is None:
+            return
+        answer = self.answers[delta.index]
         answer.text += delta.text
         answer.token_ids += delta.token_ids
-        answer.logprobs += output.logprobs[: len(delta.token_ids)]
-        answer.finish_reason, answer.stop_reason, answer.error = delta.finish_reason, delta.stop_reason, output.error
-        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
-        return delta.finish_reason is not None and output.finish_reason is None
+        answer.logprobs += delta.logprobs
+        answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
+        answer.error, answer.error_param = output.error, output.error_param
 
     def output(self, notice: str | None) -> RequestOutput:
         """In vLLM's shape. `notice` is what the model says of itself."""
@@ -189,14 +194,14 @@ class Pooled:
         self.prompt_token_ids = request.token_ids
         self.embedding: np.ndarray | None = None
         self.error: str | None = None
+        self.error_param: str | None = None
         self.has_ended = False
         self.num_tokens = 0
 
-    def add(self, output: TokenOutput) -> bool:
+    def add(self, output: TokenOutput, abort: Callable[[int], None]) -> None:
         """As `Answers.add`; nothing ends it but the engine."""
-        self.embedding, self.error = output.embedding, output.error
+        self.embedding, self.error, self.error_param = output.embedding, output.error, output.error_param
         self.has_ended = output.finish_reason is not None
-        return False
 
     def output(self, notice: str | None) -> EmbeddingRequestOutput:
         """In vLLM's shape."""

@@ -5,16 +5,17 @@
 import asyncio
 from collections.abc import Callable
 
-from vlm_serve.errors import RequestFailedError, VlmServeError
+from vlm_serve.errors import InvalidRequestError, RequestFailedError, VlmServeError
 from vlm_serve.types import FinishReason, Request, TokenOutput
 
 
 class Submission:
     """A request, what came of it that is not read yet, and how it stands with the engine process.
 
-    `request`, with the tensors of its images, is kept until its reader has taken the first tokens: so long it can be
-    run again. The engine process has heard of it once it is admitted. `is_suspect` is one that was in a step that the
-    process died in, `deaths_alone` counts those of them in which nobody else was.
+    `request`, with the tensors of its images, is kept while it can be run again: until its reader has taken the first
+    tokens, which may have left the server then, or to its end if the reader withholds them. `life` counts how often it
+    was. The engine process has heard of it once it is admitted. A suspect is one that the process may have died of, in
+    `deaths` so far; `deaths_alone` counts those that nobody else can have caused.
     """
 
     def __init__(self, request: Request) -> None:
@@ -25,14 +26,31 @@ class Submission:
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.is_sent = False
         self.is_heard_of = False
+        self.life = 0
         self.is_suspect = False
+        self.deaths = 0
         self.deaths_alone = 0
+        self._is_withheld = False
+        self._num_tokens = 0
+        self._num_tokens_at_death = 0
         self._inbox: asyncio.Queue[TokenOutput | VlmServeError] = asyncio.Queue()
 
     @property
     def has_started(self) -> bool:
-        """Whether its reader has taken tokens."""
+        """Whether tokens of it may have left the server."""
         return self.request is None
+
+    @property
+    def has_outlived_its_death(self) -> bool:
+        """Whether a suspect has got further than it was when the process died: another is at fault.
+
+        Only the first time: two that end the process together, and not alone, would else do so for ever.
+        """
+        return self.deaths == 1 and self._num_tokens > self._num_tokens_at_death
+
+    def withhold(self) -> None:
+        """Its reader promises that nothing leaves the server before its end."""
+        self._is_withheld = True
 
     def admit(self) -> None:
         """The engine process has taken it, perhaps not the first that did."""
@@ -45,6 +63,7 @@ class Submission:
         if output.index not in self.unfinished:
             return False
         self._inbox.put_nowait(output)
+        self._num_tokens += len(output.token_ids)
         if output.finish_reason is FinishReason.ERROR:
             self.unfinished.clear()
         elif output.finish_reason is not None:
@@ -59,10 +78,19 @@ class Submission:
             self.admitted.set_exception(error)
             self.admitted.exception()  # its waiter may have left
 
+    def suspect(self, *, alone: bool) -> None:
+        """The process has died, perhaps of this request; `alone`: of no other."""
+        self.is_suspect = True
+        self.deaths += 1
+        self.deaths_alone += alone
+        self._num_tokens_at_death = self._num_tokens
+
     def rewind(self) -> None:
-        """Back to before it was sent: what came and was not read will come again."""
+        """Back to before it was sent: all that came is void and will come again."""
         while not self._inbox.empty():
             self._inbox.get_nowait()
+        self._num_tokens = 0
+        self.life += 1
         self.unfinished = set(range(self.num_answers))
         self.is_sent = self.is_heard_of = False
 
@@ -75,7 +103,8 @@ class Submission:
         arrival = await self._inbox.get()
         if isinstance(arrival, VlmServeError):
             raise arrival
-        self.request = None
+        if not self._is_withheld:
+            self.request = None
         return arrival
 
     @property
@@ -88,6 +117,7 @@ class OutputStream:
     """The outputs of one request, in the order in which they are made, until all its answers have ended. One reader.
 
     Iterating raises:
+        InvalidRequestError: what it asks for left no token that may come next.
         RequestFailedError: a fault ended the request.
         PoisonedRequestError: it ended the engine process, again.
         EngineDeadError: the engine process has died after the first tokens, or for good.
@@ -97,6 +127,17 @@ class OutputStream:
         self._submission = submission
         self._abort = abort
         self._has_ended = False
+
+    @property
+    def life(self) -> int:
+        """How often the request has been run again: what was taken in an earlier life is void."""
+        return self._submission.life
+
+    def withhold(self) -> None:
+        """The reader promises that nothing of the answers leaves the server before the last of them has ended. Until
+        then the request is run again if the engine process dies. To be called before the first output is taken.
+        """
+        self._submission.withhold()
 
     def __aiter__(self) -> "OutputStream":
         return self
@@ -111,6 +152,8 @@ class OutputStream:
             raise
         if output.finish_reason is FinishReason.ERROR:
             self._has_ended = True
+            if output.error_param is not None:
+                raise InvalidRequestError(output.error or "The request cannot go on.", param=output.error_param)
             raise RequestFailedError(output.error or "The request failed.")
         return output
 

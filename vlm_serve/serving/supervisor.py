@@ -1,8 +1,8 @@
 """`Supervisor`: an engine process that is started again when it dies, and the requests that outlive it.
 
-A request that has streamed nothing is run again. Those that were in the step that the process died in are suspects:
-they run one at a time, so that the one that ends the process is found and refused, and its neighbours finish. A process
-that hangs is killed.
+A request that has sent nothing to its client is run again. Those that were in the step that the process died in are
+suspects: they are tried one at a time, so that the one that ends the process is found and refused, and its neighbours
+finish. A process that hangs is killed.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from vlm_serve.errors import (
 from vlm_serve.serving.client import EngineClient, OnPhase
 from vlm_serve.serving.messages import Abort, Add, Admitted, FromEngine, Phase, Pong, Refused, Start, Step, Stepping
 from vlm_serve.serving.submission import OutputStream, Submission
-from vlm_serve.types import EngineStats, FinishReason, Request, StepOutput
+from vlm_serve.types import EngineStats, FinishReason, Request, StepOutput, TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ GONE = "The engine has stopped and does not come up again. The operator has to s
 RESTARTING = "The engine has stopped and is being started again. Try again in a moment."
 CUT_SHORT = "The engine stopped while it wrote this answer; it is being started again. Send the request again."
 CLOSED = "The server is stopping."
-POISONED = "The engine stopped twice while it ran this request alone; it is not run again. Tell your operator."
+POISONED = "The engine stopped twice over this request; it is not run again. Tell your operator."
 
 MAX_DEATHS_ALONE = 2
 
@@ -50,7 +50,8 @@ class RestartPolicy:
 
     One that has work and says nothing for `longest_silence` hangs; a step of a large model on a CPU may take minutes.
     The first death within `window` is mended at once; each further one after a pause that doubles from `first_pause` to
-    `longest_pause`. After `max_failed_starts` in a row that do not come up there is no other.
+    `longest_pause`. After `max_failed_starts` in a row that do not come up there is no other; one that cannot even be
+    started, because the machine has no process or file descriptor left, is tried again until it can.
     """
 
     window: float = 600.0
@@ -226,11 +227,25 @@ class Supervisor:
             pause = self._policy.pause(len(deaths))
             logger.error("The engine process has died. It is started again in %g s.", pause)
             await asyncio.sleep(pause)
-            with contextlib.suppress(ConfigurationError, OSError):
-                client, _ = await EngineClient.start(self._start, self._take, lambda name, seconds: None)
-                return client
+            with contextlib.suppress(ConfigurationError):
+                return await self._started()
+            self.restarts += 1  # and it died as it loaded
         logger.error("The engine process does not come up any more.")
         return None
+
+    async def _started(self) -> EngineClient:
+        """A process that can serve, once the machine has room for one.
+
+        Raises:
+            ConfigurationError: it died while it loaded.
+        """
+        while True:
+            try:
+                client, _ = await EngineClient.start(self._start, self._take, lambda name, seconds: None)
+                return client
+            except OSError as error:
+                logger.error("The engine process cannot be started now: %s.", error.strerror)
+                await asyncio.sleep(self._policy.longest_pause)
 
     def _take(self, message: FromEngine) -> None:
         self._words += 1
@@ -242,12 +257,8 @@ class Supervisor:
             case Step(output):
                 self.stats = output.stats
                 for one in output.outputs:
-                    submission = self._submissions.get(one.request_id)
-                    if submission is None or not submission.put(one):
-                        continue
-                    if one.finish_reason is FinishReason.ERROR:  # of several answers, the others go with it
-                        self._send(Abort(one.request_id))
-                    self._forget(submission)
+                    if submission := self._submissions.get(one.request_id):
+                        self._put(submission, one)
                 for callback in self._on_step:
                     callback(output)
             case Stepping(request_ids):
@@ -262,15 +273,26 @@ class Supervisor:
             case Pong(_, stats):
                 self.stats = stats
 
+    def _put(self, submission: Submission, output: TokenOutput) -> None:
+        if submission.put(output):
+            if output.finish_reason is FinishReason.ERROR:  # of several answers, the others go with it
+                self._send(Abort(output.request_id))
+            self._forget(submission)
+        elif submission.is_suspect and submission.has_outlived_its_death:
+            submission.is_suspect = False
+            self._dispatch()
+
     def _dispatch(self) -> None:
-        """Sends the engine what waits for it; while there are suspects, one of them, when nothing else runs."""
+        """Sends the engine what waits for it; while there are suspects, one of them."""
         if self._client is None:
             return
-        everyone = self._submissions.values()
-        waiting = [submission for submission in everyone if not submission.is_sent]
-        if any(submission.is_suspect for submission in everyone):
-            is_free = len(waiting) == len(everyone)
-            waiting = [submission for submission in waiting if submission.is_suspect][:is_free]
+        waiting = [submission for submission in self._submissions.values() if not submission.is_sent]
+        suspects = [submission for submission in self._submissions.values() if submission.is_suspect]
+        if suspects:
+            # Beside it others may go on that are cleared; suspected again, it runs with nobody.
+            is_free = not any(submission.is_sent for submission in suspects)
+            is_alone = len(waiting) == len(self._submissions)
+            waiting = [suspects[0]] if is_free and (is_alone or suspects[0].deaths == 1) else []
         for submission in waiting:
             assert submission.request is not None
             submission.is_sent = True
@@ -291,26 +313,26 @@ class Supervisor:
             self._forget(submission)
 
     def _forget(self, submission: Submission) -> None:
-        """It has ended; if it was a suspect, the next may run."""
+        """It has ended; others may have waited for that."""
         del self._submissions[submission.request_id]
-        if submission.is_suspect:
-            self._dispatch()
+        self._dispatch()
 
     def _mourn(self) -> None:
         """The process has died: finds the suspects, ends what cannot be run again, and readies the rest."""
         self._client = None
-        # In no step it died over its messages: over one of the requests that it had not spoken of yet.
-        fatal = set(self._stepping) or {
+        # It died in its step, or over a message: that of a request that it had not spoken of yet.
+        fatal = {
             submission.request_id
             for submission in self._submissions.values()
             if submission.is_sent and not submission.is_heard_of
-        }
+        }.union(self._stepping)
+        on_trial = {one.request_id for one in self._submissions.values() if one.is_suspect and one.request_id in fatal}
+        fatal = on_trial or fatal  # the others have been cleared
         self._stepping = ()
         for submission in list(self._submissions.values()):
             error: VlmServeError | None = EngineDeadError(CUT_SHORT) if submission.has_started else None
             if submission.request_id in fatal:
-                submission.is_suspect = True
-                submission.deaths_alone += len(fatal) == 1
+                submission.suspect(alone=len(fatal) == 1)
                 if submission.deaths_alone >= MAX_DEATHS_ALONE:
                     error = PoisonedRequestError(POISONED)
             if error is None:

@@ -1,12 +1,17 @@
-"""What each token stands for, to the byte. Serves log-probabilities, whose tokens may be parts of a character."""
+"""What each token stands for, to the byte. Serves log-probabilities, whose tokens may be parts of a character, and the
+detokenizer, which may begin inside of one.
+"""
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_CONTINUATION = re.compile(rb"[\x80-\xbf]")
+_UNFINISHED = re.compile(rb"([\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
 
 
 class TokenBytes:
@@ -18,7 +23,9 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         decoder = json.loads(tokenizer.to_str())["decoder"]
         kinds = {step["type"] for step in _steps(decoder)}
         self._letters = _byte_letters() if "ByteLevel" in kinds else None
@@ -41,6 +48,26 @@ class TokenBytes:
         for written, meant in self._replaced:
             token = token.replace(written, meant)
         return token.encode()
+
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as text by itself, with U+FFFD for bytes that are no whole character."""
+        found = {token_id: self[token_id].decode("utf-8", "replace") for token_id in set(token_ids)}
+        return [found[token_id] for token_id in token_ids]
+
+
+def begins_inside_a_character(piece: bytes) -> bool:
+    """Whether the first byte goes on with a character of UTF-8."""
+    return bool(_CONTINUATION.match(piece))
+
+
+def num_unfinished(pieces: Sequence[bytes]) -> int:
+    """How many of a text's last tokens, given as bytes, hold a character of UTF-8 whose last bytes are not there."""
+    data = b""
+    for count, piece in enumerate(reversed(pieces[-3:]), 1):
+        data = piece + data
+        if not begins_inside_a_character(data):
+            return count if _UNFINISHED.search(data) else 0
+    return 0
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

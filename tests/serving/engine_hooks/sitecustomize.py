@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-KILL_IN_STEP, KILL_WHEN_ADDED, HOLD_IN_STEP, HOLD_LATER, FAULT_IN_STEP = range(9001, 9006)
+KILL_IN_STEP, KILL_WHEN_ADDED, HOLD_IN_STEP, HOLD_LATER, FAULT_IN_STEP, KILL_TOGETHER, KILL_WITH_IT = range(9001, 9008)
 
 
 def die() -> None:
@@ -39,7 +39,7 @@ def obey(orders: Path) -> None:
         asked = [seeds[row] for row in batch.rows.tolist()]
         with (orders / "steps").open("a") as file:
             print(*asked, file=file)
-        if KILL_IN_STEP in asked:
+        if KILL_IN_STEP in asked or {KILL_TOGETHER, KILL_WITH_IT} <= set(asked):
             die()
         if HOLD_IN_STEP in asked:
             wait_for(orders / "step")
