@@ -78,7 +78,8 @@ def sampling_params(
 def _only(structures: Mapping[str, StructuredOutputs]) -> StructuredOutputs | None:
     if len(structures) > 1:
         raise InvalidRequestError(
-            f"Say in one way what the answer must match, not in {' and '.join(structures)}.", param=list(structures)[-1]
+            f"Say in one way what the answer must match, not in {' and '.join(structures)}.",
+            param=next(iter(structures)),
         )
     return next(iter(structures.values()), None)
 

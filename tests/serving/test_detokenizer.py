@@ -184,7 +184,7 @@ def continued(tokenizer, before, answer, **sampling) -> str:
     return whole([one.add([token], end) for token, end in zip(answer, ends, strict=True)])
 
 
-TEXT = "The lungs are clear. Größe 3 µm → 漢字 🫀 no mass " + "漢字" * 50
+TEXT = "The lungs are clear. Größe 3 µm → 漢字 🫀 no mass " + "漢字" * 5
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, "bytes"])
@@ -230,6 +230,13 @@ def test_the_replacement_character_at_the_end_of_a_prompt_is_the_prompts(kind):
     ids = tokenizer.encode("lungs \ufffd", add_special_tokens=False).ids
     assert continued(tokenizer, ids, tokenizer.encode("x no", add_special_tokens=False).ids[-2:]).endswith(" no")
     assert "\ufffd" not in continued(tokenizer, ids, [tokenizer.token_to_id("▁clear")])
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_word_behind_a_long_text_in_single_bytes_keeps_its_space(kind):
+    tokenizer = sentencepiece_like(kind)
+    ids = tokenizer.encode("漢字" * 120, add_special_tokens=False).ids
+    assert continued(tokenizer, ids, [tokenizer.token_to_id("▁clear")]) == " clear"
 
 
 @pytest.mark.parametrize("kind", DECODERS)
