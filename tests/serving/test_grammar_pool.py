@@ -70,15 +70,18 @@ def test_what_is_known_waits_for_nobodys_compiler(pool):
 
 
 def test_a_refusal_is_told_in_the_words_of_the_compiler(pool):
+    pool.compile(SOUND)
+    before = workers()
     with pytest.raises(InvalidRequestError, match="regular expression cannot be used"):
         pool.compile(StructuredOutputs(regex="(("))
-    assert len(workers()) == 1, "a refusal costs no worker"
+    assert workers() == before, "a refusal costs no worker"
 
 
 def test_the_worker_has_no_torch_in_it(pool):
     pool.compile(SOUND)
-    (pid,) = workers()
-    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+    assert workers()
+    for pid in workers():
+        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_a_closed_pool_says_so_and_leaves_no_process(tokenizer):
