@@ -166,8 +166,8 @@ both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 @both
 async def test_a_client_that_leaves_while_its_file_is_decoded(server: Server, stream: bool) -> None:
-    pool = server.llm._ingest._pool
-    (worker,) = pool._pool._workers
+    pool = server.llm._ingest._pool._pool
+    (worker,) = pool._workers
     worker._process.send_signal(signal.SIGSTOP)  # as one that is busy for long
     try:
         client = server.ask(LEAVING, stream=stream, messages=ABOUT_AN_IMAGE)
@@ -178,7 +178,7 @@ async def test_a_client_that_leaves_while_its_file_is_decoded(server: Server, st
     finally:
         worker._process.send_signal(signal.SIGCONT)
     await eventually(lambda: len(pool._idle) == 1)
-    assert pool._pool._workers == {worker}
+    assert pool._workers == {worker}
     assert server.steps(LEAVING) == 0
 
 
