@@ -167,7 +167,7 @@ async def _serve_until(stop: asyncio.Event, app: FastAPI, listener: socket.socke
 
 
 def print_phase(console: Console, name: str, seconds: float) -> None:
-    console.print(f"  [green]✓[/] {name} [dim]{seconds:.2f} s[/]", highlight=False)
+    console.print(f"  [green]✓[/] {name} [dim]{seconds:.2f} s[/]", highlight=False, soft_wrap=True)
 
 
 def print_ready(console: Console, listener: socket.socket, llm: AsyncLLM) -> None:
