@@ -56,7 +56,7 @@ def test_a_grammar_that_never_ends_is_refused_and_the_next_one_is_compiled(pool,
     with pytest.raises(InvalidRequestError, match="too complex") as refused:
         pool.compile(spec)
     assert refused.value.param == "structured_outputs"
-    assert pool.compile(StructuredOutputs(regex=f"{os.urandom(4).hex()}"))
+    assert pool.compile(unknown())
 
 
 def test_what_is_known_waits_for_nobodys_compiler(pool):
@@ -69,8 +69,13 @@ def test_what_is_known_waits_for_nobodys_compiler(pool):
             busy.result()
 
 
+def unknown() -> StructuredOutputs:
+    """One that no cache has, so that a worker compiles it."""
+    return StructuredOutputs(regex=os.urandom(4).hex())
+
+
 def test_a_refusal_is_told_in_the_words_of_the_compiler(pool):
-    pool.compile(SOUND)
+    pool.compile(unknown())
     before = workers()
     with pytest.raises(InvalidRequestError, match="regular expression cannot be used"):
         pool.compile(StructuredOutputs(regex="(("))
@@ -78,7 +83,7 @@ def test_a_refusal_is_told_in_the_words_of_the_compiler(pool):
 
 
 def test_the_worker_has_no_torch_in_it(pool):
-    pool.compile(SOUND)
+    pool.compile(unknown())
     assert workers()
     for pid in workers():
         assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
