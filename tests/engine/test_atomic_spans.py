@@ -75,6 +75,21 @@ def test_after_a_span_past_the_budget_nobody_else_is_prefilled_in_that_step():
     assert counts(one) == [[20], [1, 7], [5], [1]]
 
 
+def test_what_gives_way_after_a_span_past_the_budget_lets_no_second_one_pass_in_that_step():
+    one = large(max_num_seqs=3, max_num_batched_tokens=4)
+    for name in "ab":
+        one.add(request(name, 1, max_tokens=9, priority=1))
+    step(one)
+    for name, seed in (("first", 1), ("second", 2)):
+        one.add(request(name, [seed] * 20, images=[span(0, 20, seed)], max_tokens=1))
+    batch, _ = step(one)
+    assert sorted(batch.counts.tolist()) == [1, 1, 20], "the row that second could have keeps its token"
+    assert one.num_preemptions == 0
+    batch, outputs = step(one)
+    assert sorted(batch.counts.tolist()) == [1, 1, 20]
+    assert {output.request_id for output in outputs} == {"a", "b", "second"}
+
+
 def test_a_chunk_ends_before_a_span_whose_image_finds_no_room():
     one = large(max_encoder_tokens=8, max_num_batched_tokens=32)
     one.add(request("a", 24, images=[span(0, 6), span(10, 6, seed=2)], max_tokens=1))

@@ -285,7 +285,7 @@ class Scheduler:
 
         def suffice(others: list[Sequence]) -> bool:
             gone = users + others
-            has_row = bool(self._free_rows or gone) and step.room + len(step.decoding.intersection(gone)) > 0
+            has_row = bool(self._free_rows or gone) and step.room_without(gone) > 0
             return has_row and self.blocks.can_admit(sequence, prefix, without=gone)
 
         worse = victims(self.running, worse_than=sequence.priority)
@@ -352,7 +352,7 @@ class Scheduler:
         give_way(victim, winner)
         self.waiting.put_back(victim)
         self.num_preemptions += 1
-        step.decoding.discard(victim)
+        step.drop(victim)
 
     def _output(
         self,

@@ -1,5 +1,6 @@
 """One step while the scheduler puts it together: what is left of its budgets, and what has been granted."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,8 +23,9 @@ class Grant:
 @dataclass(slots=True)
 class Step:
     """`decoding` are those running that have yet to get the one token that is kept back for each of them, so that none
-    waits for another's prefill. The step `is_full` when one that is next finds no row or no blocks: nobody behind it
-    may come in. `slots_are_taken` and `images_are_full` say so to those behind who need a slot or have images.
+    waits for another's prefill. `overdrawn` tokens of atomic spans are past the budget. The step `is_full` when one that
+    is next finds no row or no blocks: nobody behind it may come in. `slots_are_taken` and `images_are_full` say so to
+    those behind who need a slot or have images.
     """
 
     budget: int
@@ -34,6 +36,7 @@ class Step:
     encode: dict[ImageKey, ImageInputs] = field(default_factory=dict)
     evict_images: list[ImageKey] = field(default_factory=list)
     load_adapters: list[tuple[int, str]] = field(default_factory=list)
+    overdrawn: int = 0
     is_full: bool = False
     slots_are_taken: bool = False
     images_are_full: bool = False
@@ -43,6 +46,18 @@ class Step:
         """Tokens that may be granted beyond those kept back."""
         return self.budget - len(self.decoding)
 
+    def room_without(self, others: Iterable[Sequence]) -> int:
+        """The room if these were gone: what is kept back for them goes to what is overdrawn first."""
+        return self.room + max(0, len(self.decoding.intersection(others)) - self.overdrawn)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Nothing is kept back any more for one that has given way."""
+        if sequence in self.decoding:
+            self.decoding.remove(sequence)
+            paid = min(1, self.overdrawn)
+            self.overdrawn -= paid
+            self.budget -= paid
+
     def can_encode(self, size: int) -> bool:
         """Whether an image of so many tokens may be encoded in it; one larger than the budget is encoded alone."""
         return size <= self.encoder_budget or not self.encode
@@ -50,7 +65,9 @@ class Step:
     def grant(self, sequence: Sequence, count: int, blocks: tuple[TableEntry, ...]) -> None:
         """A chunk with an atomic span may be past the room; it takes nothing of what is kept back."""
         self.granted.append(Grant(sequence, count, blocks))
-        self.budget -= min(count, self.room)
+        paid = min(count, self.room)
+        self.overdrawn += count - paid
+        self.budget -= paid
 
     def batch(self) -> ScheduledBatch:
         sequences = [grant.sequence for grant in self.granted]
