@@ -1,19 +1,19 @@
 """`POST /v1/chat/completions`: one conversation, its answers whole or as a stream of server-sent events."""
 
 import time
-import uuid
 from functools import partial
 
 from fastapi import APIRouter, Response
 
 from api.answers.chat import ChatWriter
-from api.generation import Generation, respond
+from api.conversation import answer_chat
 from api.intake import IncomingRequest, validated
 from api.openapi import described
 from api.schemas import ChatCompletionRequest
 from api.tools import ToolCalling, tool_calling
-from api.wire import chat_input, naming_fields, priority, sampling_params
+from api.wire import chat_input, sampling_params
 from vlm_serve.families.prompt import ToolFormat
+from vlm_serve.serving.run import Run
 from vlm_serve.types import ChatInput, SamplingParams
 
 router = APIRouter()
@@ -25,23 +25,11 @@ async def create_chat_completion(call: IncomingRequest) -> Response:
     state = call.state
     parse = partial(_parse, max_images=state.config.max_images, form=state.llm.tool_format)
     asked, calling, chat, sampling = await call.parse(parse)
-    call.take_id(asked.request_id)
-    call.record.facts |= {"stream": int(bool(asked.stream)), "images": len(chat.images)}
-    with naming_fields(asked):
-        run = await call.while_connected(
-            state.llm.chat(
-                chat,
-                model=asked.model,
-                sampling=sampling,
-                # The engine's id is the server's own: two clients may send the same X-Request-Id at once.
-                request_id=uuid.uuid4().hex,
-                tenant=call.identity.tenant,
-                priority=priority(asked.priority, call.identity),
-            )
-        )
-        generation = Generation([run], state, call.record, call.identity)
-        writer = ChatWriter(asked, calling, run, state.base, int(time.time()))
-        return await respond(generation, writer, call.request.receive, stream=bool(asked.stream))
+
+    def writer(run: Run) -> ChatWriter:
+        return ChatWriter(asked, calling, run, state.base, int(time.time()))
+
+    return await answer_chat(call, asked, chat, sampling, writer)
 
 
 def _parse(

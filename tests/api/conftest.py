@@ -1,6 +1,8 @@
 import base64
 import contextlib
+import json
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,20 +45,41 @@ def image_body(url: str = "data:application/dicom;base64," + base64.b64encode(b"
     return text_body(messages=[{"role": "user", "content": content}], **changes)
 
 
-@pytest.fixture(scope="session")
-def scripted_server() -> Iterator[tuple[ScriptedLLM, str]]:
+@contextmanager
+def scripted_server_of(**config: Any) -> Iterator[tuple[ScriptedLLM, str]]:
+    """A server of these settings around a scripted model, and its address."""
     llm = ScriptedLLM()
-    app = create_app(llm, ServerConfig(max_body_bytes=MAX_BODY, max_images=2))  # type: ignore[arg-type]
+    app = create_app(llm, ServerConfig(**config))  # type: ignore[arg-type]
     with running(lambda: as_is(app)) as url:
         yield llm, url
 
 
-@pytest.fixture
-def scripted(scripted_server: tuple[ScriptedLLM, str]) -> Iterator[Scripted]:
-    llm, url = scripted_server
+@contextmanager
+def fresh(server: tuple[ScriptedLLM, str]) -> Iterator[Scripted]:
+    """The server with nothing left of the test before."""
+    llm, url = server
     llm.reset()
     with httpx.Client(base_url=url, timeout=10) as http:
         yield Scripted(llm, url, http)
+
+
+def streamed(scripted: Scripted, path: str, body: dict[str, Any]) -> list[Any]:
+    """The data of each event, parsed but for `[DONE]`."""
+    text = scripted.http.post(path, json=body | {"stream": True}).text
+    events = [event.split("data: ", 1)[1] for event in text.split("\n\n") if event]
+    return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+
+@pytest.fixture(scope="session")
+def scripted_server() -> Iterator[tuple[ScriptedLLM, str]]:
+    with scripted_server_of(max_body_bytes=MAX_BODY, max_images=2) as server:
+        yield server
+
+
+@pytest.fixture
+def scripted(scripted_server: tuple[ScriptedLLM, str]) -> Iterator[Scripted]:
+    with fresh(scripted_server) as scripted:
+        yield scripted
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The forms of an answer beyond a chat's plain one: several answers, log-probabilities, completions, responses."""
+"""The forms of an answer beyond a chat's plain one: several, log-probabilities, completions, embeddings, tokens."""
 
 import base64
 import json
@@ -6,25 +6,16 @@ import math
 import struct
 from typing import Any
 
-import httpx
 import pytest
 
-from api.metrics import MAX_TENANTS, Metrics
-from tests.api.conftest import Scripted, image_body, text_body
+from tests.api.conftest import Scripted, streamed, text_body
 from tests.api.running import connect
 from tests.api.scripted import Script, delta
-from vlm_serve.errors import ContextLengthError, CorruptImageError, EngineDeadError, RequestFailedError
-from vlm_serve.types import EngineStats, FinishReason, StepOutput, TokenLogprobs
+from vlm_serve.errors import ContextLengthError, EngineDeadError
+from vlm_serve.types import FinishReason, TokenLogprobs
 
 STOP = FinishReason.STOP
 CHAT = "/v1/chat/completions"
-
-
-def streamed(scripted: Scripted, path: str, body: dict[str, Any]) -> list[Any]:
-    """The data of each event, parsed but for `[DONE]`."""
-    text = scripted.http.post(path, json=body | {"stream": True}).text
-    events = [event.split("data: ", 1)[1] for event in text.split("\n\n") if event]
-    return [event if event == "[DONE]" else json.loads(event) for event in events]
 
 
 def test_each_of_several_answers_streams_under_its_index(scripted: Scripted) -> None:
@@ -269,15 +260,6 @@ def test_an_error_names_the_field_that_the_request_has(
     assert refused.json()["error"]["param"] == (named or next(name for name in fields if name != "messages"))
 
 
-def test_a_response_gives_its_metadata_back(scripted: Scripted) -> None:
-    body = {"model": "base", "input": "x", "metadata": {"order": "2026-11"}}
-    assert scripted.http.post("/v1/responses", json=body).json()["metadata"] == {"order": "2026-11"}
-    for event in streamed(scripted, "/v1/responses", body):
-        assert event.get("response", body)["metadata"] == {"order": "2026-11"}
-    for bad in ({"a": 1}, {"a": "x" * 513}, {str(number): "" for number in range(17)}):
-        assert scripted.http.post("/v1/responses", json=body | {"metadata": bad}).status_code == 400
-
-
 def test_the_texts_of_a_prompts_tokens_are_one_task_that_ends_with_its_client(scripted: Scripted) -> None:
     scripted.llm.hold_texts = True
     body = json.dumps({"prompt": "x", "return_token_strs": True}).encode()
@@ -314,118 +296,6 @@ def test_a_client_that_leaves_ends_its_request(scripted: Scripted, path: str, st
     assert scripted.llm.run_closed.wait(10)
 
 
-def test_a_response_has_openais_newer_form(scripted: Scripted) -> None:
-    body = scripted.http.post("/v1/responses", json={"model": "base", "input": "Hello", "instructions": "Hi."}).json()
-    assert (body["object"], body["status"], body["error"], body["store"]) == ("response", "completed", None, False)
-    (item,) = body["output"]
-    assert item["content"] == [{"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}]
-    assert body["usage"]["input_tokens_details"] == {"cached_tokens": 3}
-    assert (body["usage"]["input_tokens"], body["usage"]["output_tokens"]) == (7, 2)
-    messages = scripted.llm.asked[0].prompt.messages
-    assert [(message.role, message.content[0].text) for message in messages] == [("system", "Hi."), ("user", "Hello")]
-
-
-def response_input(**part: Any) -> dict[str, Any]:
-    return {"model": "base", "input": [{"role": "user", "content": [part]}]}
-
-
-DICOM = "data:application/dicom;base64," + base64.b64encode(b"file").decode()
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_response_to_an_image_carries_its_receipts(scripted: Scripted, stream: bool) -> None:
-    body = response_input(type="input_image", image_url=DICOM)
-    if stream:
-        events = streamed(scripted, "/v1/responses", body)
-        about = [event["response"]["x_vlm_serve"] for event in events if "response" in event]
-        assert about[0] == about[-1]
-        shown = about[0]
-    else:
-        shown = scripted.http.post("/v1/responses", json=body).json()["x_vlm_serve"]
-    assert shown["images"][0]["digest"] == "d" * 64
-    assert shown == scripted.http.post("/v1/chat/completions", json=image_body()).json()["x_vlm_serve"]
-
-
-def test_the_events_of_a_response_are_openais_in_order(scripted: Scripted) -> None:
-    events = streamed(scripted, "/v1/responses", {"model": "base", "input": "Hello"})
-    assert [event["type"].removeprefix("response.") for event in events] == [
-        "created",
-        "in_progress",
-        "output_item.added",
-        "content_part.added",
-        "output_text.delta",
-        "output_text.delta",
-        "output_text.done",
-        "content_part.done",
-        "output_item.done",
-        "completed",
-    ]
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    assert "".join(event["delta"] for event in events if "delta" in event) == "Hello"
-    raw = scripted.http.post("/v1/responses", json={"model": "base", "input": "Hello", "stream": True}).text
-    assert raw.startswith("event: response.created\ndata: ")
-    assert "[DONE]" not in raw
-
-
-def test_a_response_cut_by_its_limit_is_incomplete(scripted: Scripted) -> None:
-    scripted.llm.script = Script([delta("Hel", 1, FinishReason.LENGTH)])
-    body = scripted.http.post("/v1/responses", json={"model": "base", "input": "x", "max_output_tokens": 1}).json()
-    assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
-    assert scripted.llm.asked[0].params.max_tokens == 1
-
-
-def test_a_response_that_fails_midway_ends_in_response_failed(scripted: Scripted) -> None:
-    scripted.llm.script = Script([delta("Hel", 1), RequestFailedError("It failed.")])
-    last = streamed(scripted, "/v1/responses", {"model": "base", "input": "x"})[-1]
-    assert last["type"] == "response.failed"
-    assert last["response"]["error"] == {"code": "request_failed", "message": "It failed."}
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"previous_response_id": "resp_1"},
-        {"store": True},
-        {"background": True},
-        {"tools": [{"type": "web_search"}]},
-        {"truncation": "auto"},
-        {"conversation": "conv_1"},
-        {"include": ["file_search_call.results"]},
-        {"text": {"format": {"type": "json_schema", "name": "x"}}},
-        {"input": []},
-        {"input": [{"type": "item_reference", "id": "x"}]},
-        {"n": 2},
-    ],
-    ids=str,
-)
-def test_what_a_response_would_need_a_memory_for_is_refused(scripted: Scripted, fields: dict[str, Any]) -> None:
-    response = scripted.http.post("/v1/responses", json={"model": "base", "input": "x"} | fields)
-    assert response.status_code == 400
-    assert next(iter(fields)) in (response.json()["error"]["param"] or response.json()["error"]["message"])
-
-
-def test_a_response_refuses_tools_by_name_and_says_where_they_are_served(scripted: Scripted) -> None:
-    tools = [{"type": "function", "name": "f", "parameters": {}}]
-    error = scripted.http.post("/v1/responses", json={"model": "base", "input": "x", "tools": tools}).json()["error"]
-    assert (error["type"], error["param"]) == ("invalid_request_error", "tools")
-    assert error["message"] == "'tools' are not served here. Send functions to /v1/chat/completions."
-
-
-def test_what_changes_nothing_in_a_response_is_accepted(scripted: Scripted) -> None:
-    fields = {
-        "store": False, "previous_response_id": None, "metadata": {"a": "b"}, "tools": [], "include": [],
-        "truncation": "disabled", "service_tier": "auto", "parallel_tool_calls": True, "reasoning": None,
-        "text": {"format": {"type": "text"}, "verbosity": "medium"}, "user": "u", "background": False,
-    }  # fmt: skip
-    assert scripted.http.post("/v1/responses", json={"model": "base", "input": "x"} | fields).status_code == 200
-
-
-def test_an_error_about_an_image_of_a_response_names_its_place_in_the_input(scripted: Scripted) -> None:
-    scripted.llm.script = Script(refuse=CorruptImageError("Cut.", param="messages[1].content[0]"))
-    body = response_input(type="input_image", image_url=DICOM) | {"instructions": "Hi."}
-    assert scripted.http.post("/v1/responses", json=body).json()["error"]["param"] == "input[0].content[0]"
-
-
 def embed(scripted: Scripted, **fields: Any) -> Any:
     return scripted.http.post("/v1/embeddings", json={"model": "base", "input": "ab"} | fields)
 
@@ -437,21 +307,6 @@ def test_embeddings_are_floats_or_the_same_in_base64(scripted: Scripted) -> None
     assert body["usage"] == {"prompt_tokens": 14, "total_tokens": 14}
     packed = embed(scripted, input=["a", "abc"], encoding_format="base64").json()["data"][1]["embedding"]
     assert struct.unpack("<3f", base64.b64decode(packed)) == pytest.approx((0.6, 3, -0.8))
-
-
-def test_an_embedding_is_a_request_in_the_metrics(scripted: Scripted) -> None:
-    def figures() -> dict[str, float]:
-        lines = scripted.http.get("/metrics").text.splitlines()
-        told = [line.rpartition(" ") for line in lines if 'adapter="thorax"' in line]
-        return {name.partition("{")[0]: float(value) for name, _, value in told if "_bucket" not in name}
-
-    before = figures()
-    embed(scripted, model="thorax", input=["a", "abc"])
-    grown = {name.removeprefix("vlm_serve:"): value - before.get(name, 0) for name, value in figures().items()}
-    assert grown["prompt_tokens_total"] == grown["request_prompt_tokens_sum"] == 14
-    assert grown["request_success_total"] == grown["e2e_request_latency_seconds_count"] == 2
-    assert grown["e2e_request_latency_seconds_sum"] > 0
-    assert 'waiting_lora_adapters=""' in _lora(scripted)
 
 
 def test_dimensions_may_only_say_what_there_is(scripted: Scripted) -> None:
@@ -477,52 +332,3 @@ def test_ready_is_no_while_the_engine_is_being_started_again(scripted: Scripted)
     for path in ("/ready", "/health"):
         response = scripted.http.get(path)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
-
-
-NAMES = """num_requests_running num_requests_waiting kv_cache_usage_perc lora_requests_info prefix_cache_queries_total
-prefix_cache_hits_total mm_cache_queries_total mm_cache_hits_total num_preemptions_total prompt_tokens_total
-generation_tokens_total request_success_total time_to_first_token_seconds_count inter_token_latency_seconds_count
-request_time_per_output_token_seconds_count e2e_request_latency_seconds_count request_queue_time_seconds_count
-request_prefill_time_seconds_count request_decode_time_seconds_count request_prompt_tokens_count
-request_generation_tokens_count iteration_tokens_total_count encoder_batch_images_count encoder_seconds_count
-kv_waste_ratio spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total engine_restarts_total
-image_decode_seconds_count image_preprocess_seconds_count adapter_load_seconds_count""".split()
-
-
-def test_every_name_that_dashboards_read_is_there(scripted: Scripted) -> None:
-    seconds = {"queue_seconds": 0.25, "prefill_seconds": 0.5}
-    scripted.llm.script = Script([delta("a", 1, **seconds), delta("b", 2, STOP)])
-    for told in scripted.llm.steps:
-        told(StepOutput((), num_tokens=96, images_encoded=2, encoder_seconds=0.02))
-    scripted.chat()
-    text = scripted.http.get("/metrics").text
-    found = {line.partition("{")[0].removeprefix("vlm_serve:") for line in text.splitlines() if line[0] != "#"}
-    assert set(NAMES) <= found
-    assert 'vlm_serve:kv_waste_ratio{model_name="base"} 0.1' in text
-    assert 'vlm_serve:spec_decode_num_accepted_tokens_total{model_name="base"} 20.0' in text
-
-
-def test_an_adapter_with_a_request_under_way_is_told_and_then_no_more(scripted: Scripted) -> None:
-    scripted.llm.script = Script([delta("a", 1)], hold=True)
-    with scripted.http.stream("POST", "/v1/chat/completions", json=text_body(model="thorax", stream=True)) as response:
-        pieces = response.iter_text()  # the name keeps it open
-        assert any('"content":"a"' in piece for piece in pieces)
-        assert 'running_lora_adapters="thorax",waiting_lora_adapters=""' in _lora(scripted)
-    assert scripted.llm.run_closed.wait(10)
-    assert 'running_lora_adapters=""' in _lora(scripted)
-
-
-def _lora(scripted: Scripted) -> str:
-    lines = httpx.get(f"{scripted.url}/metrics").text.splitlines()
-    return next(line for line in lines if line.startswith("vlm_serve:lora_requests_info{"))
-
-
-def test_tenants_past_the_bound_share_a_label() -> None:
-    tenants = [f"t{number}" for number in range(MAX_TENANTS + 2)]
-    metrics = Metrics(EngineStats, lambda: 0, "base", adapter_slots=8, tenants=tenants)
-    for tenant in ("t0", f"t{MAX_TENANTS}", f"t{MAX_TENANTS + 1}", "forged"):
-        metrics.request("", tenant).admitted(7)
-    text = metrics.exposition().decode()
-    assert 'vlm_serve:prompt_tokens_total{adapter="",model_name="base",tenant="t0"} 7.0' in text
-    assert 'vlm_serve:prompt_tokens_total{adapter="",model_name="base",tenant="other"} 21.0' in text
-    assert "forged" not in text

@@ -8,13 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from api.app import create_app
 from api.cli import main
 from api.gateway.keys import Identity, KeyFile, key_digest, make_key
-from tests.api.conftest import Scripted, text_body
-from tests.api.running import as_is, running
+from tests.api.conftest import Scripted, fresh, scripted_server_of, text_body
 from tests.api.scripted import ScriptedLLM
-from vlm_serve.config import ServerConfig
 from vlm_serve.errors import ConfigurationError
 
 RADIOLOGY, EMERGENCY, MONITORING = "vs-radiology-key", "vs-emergency-key", "vs-monitoring-key"
@@ -29,18 +26,14 @@ ENTRIES: list[dict[str, Any]] = [
 def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScriptedLLM, str]]:
     path = tmp_path_factory.mktemp("keys") / "keys.json"
     path.write_text(json.dumps(ENTRIES))
-    llm = ScriptedLLM()
-    app = create_app(llm, ServerConfig(api_keys=path))  # type: ignore[arg-type]
-    with running(lambda: as_is(app)) as url:
-        yield llm, url
+    with scripted_server_of(api_keys=path) as server:
+        yield server
 
 
 @pytest.fixture
 def keyed(keyed_server: tuple[ScriptedLLM, str]) -> Iterator[Scripted]:
-    llm, url = keyed_server
-    llm.reset()
-    with httpx.Client(base_url=url, timeout=10) as http:
-        yield Scripted(llm, url, http)
+    with fresh(keyed_server) as keyed:
+        yield keyed
 
 
 def chat(keyed: Scripted, key: str | None, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:

@@ -23,9 +23,9 @@ class Grant:
 @dataclass(slots=True)
 class Step:
     """`decoding` are those running that have yet to get the one token that is kept back for each of them, so that none
-    waits for another's prefill. `overdrawn` tokens of atomic spans are past the budget. The step `is_full` when one that
-    is next finds no row or no blocks: nobody behind it may come in. `slots_are_taken` and `images_are_full` say so to
-    those behind who need a slot or have images.
+    waits for another's prefill. `overdrawn` tokens of atomic spans are past the budget. The step `is_full` when one
+    that is next finds no row or no blocks: nobody behind it may come in. `slots_are_taken` and `images_are_full` say
+    so to those behind who need a slot or have images.
     """
 
     budget: int
