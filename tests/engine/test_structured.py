@@ -229,7 +229,7 @@ def test_a_mask_that_takes_too_long_ends_its_own_request(harness, structures, mo
     monkeypatch.setattr(AnswerMatcher, "mask", held_up)
     grammar = structures.compile_grammar(StructuredOutputs(regex="[ab]{30}"))
     try:
-        outputs = run(harness, request("slow", grammar, min_tokens=7), request("good", None, max_tokens=5))
+        outputs = run(harness, request("slow", grammar, min_tokens=7), request("good", None, max_tokens=5, seed=1))
     finally:
         release.set()
     assert (outputs["slow"][-1].error, outputs["slow"][-1].error_param) == (grammar_rows.TOO_LATE.message, None)
@@ -244,7 +244,7 @@ def test_a_fault_of_a_mask_ends_its_own_request_and_is_logged_without_its_text(
 
     grammar = structures.compile_grammar(StructuredOutputs(regex="[ab]{30}"))
     monkeypatch.setattr(AnswerMatcher, "mask", broken)
-    outputs = run(harness, request("bad", grammar), request("good", None, max_tokens=5))
+    outputs = run(harness, request("bad", grammar), request("good", None, max_tokens=5, seed=1))
     assert (outputs["bad"][-1].error, outputs["bad"][-1].error_param) == (grammar_rows.FAULT.message, None)
     assert sum(len(one.token_ids) for one in outputs["good"]) == 5
     assert "RuntimeError" in caplog.text
