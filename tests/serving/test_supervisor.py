@@ -354,7 +354,8 @@ async def test_an_engine_that_the_machine_has_no_descriptor_for_is_started_once_
         kill(llm)
         refused = "cannot be started now: Too many open files"
         await eventually(lambda: llm._engine._end or caplog.text.count(refused) > 2)
-    await ask(llm, 62)
+    async with asyncio.timeout(60):
+        await ask(llm, 62)
     assert llm.engine_restarts == restarts + 1
     assert resources() == before
 
