@@ -22,15 +22,15 @@ def tokens_of(batch: Batch, out: torch.Tensor, sequence: int) -> torch.Tensor:
 
 def only(batch: Batch, sequence: int) -> Batch:
     """The batch of one of its sequences, over the same cache."""
-    query = tokens_of(batch, batch.query, sequence)
+    tokens = slice(*batch.query_start[sequence : sequence + 2].tolist())
     return Batch(
-        query,
+        batch.query[tokens],
         batch.key_cache,
         batch.value_cache,
         batch.block_tables[sequence : sequence + 1],
         batch.kv_lengths[sequence : sequence + 1],
-        torch.tensor([0, len(query)], dtype=torch.int32),
-        **batch.options,
+        torch.tensor([0, tokens.stop - tokens.start], dtype=torch.int32),
+        **batch.options_of(tokens),
     )
 
 
@@ -43,7 +43,7 @@ def part(batch: Batch, start: int, end: int) -> Batch:
         batch.block_tables,
         torch.tensor([end], dtype=torch.int32),
         torch.tensor([0, end - start], dtype=torch.int32),
-        **batch.options,
+        **batch.options_of(slice(start, end)),
     )
 
 
@@ -82,10 +82,39 @@ def test_the_reference_sees_its_window_and_no_more() -> None:
         torch.testing.assert_close(out[position], weights @ values[seen])
 
 
+@pytest.mark.parametrize("length", [5, 600])
+def test_the_reference_caps_scaled_scores_and_adds_alibi_in_bfloat16(length: int) -> None:
+    case = Case((length,), (2,), heads=16, kv_heads=1, head_dim=2, block_size=1024, softcap=0.5, alibi=True)
+    batch = case.build(torch.float32)
+    assert batch.alibi_slopes is not None
+    keys, values = (
+        cache[batch.block_tables[0, 0].long(), 0].double() for cache in (batch.key_cache, batch.value_cache)
+    )
+    out = reference.paged_attention(*batch.tensors, **batch.options)
+    for head, slope in enumerate(batch.alibi_slopes.bfloat16()):
+        scores = 0.5 * (batch.query[1, head].double() @ keys[:length].T * batch.scale / 0.5).tanh()
+        bias = torch.stack([slope * torch.tensor(float(position)).bfloat16() for position in range(length)])
+        assert bias.dtype is torch.bfloat16
+        weights = (scores + bias.double() * batch.scale).softmax(0)
+        torch.testing.assert_close(out[1, head].double(), weights @ values[:length], rtol=0, atol=1e-6)
+
+
+def test_the_reference_sees_a_span_whole_and_its_window() -> None:
+    case = Case((9,), (9,), heads=1, kv_heads=1, head_dim=2, block_size=16, window=2, spans=(((2, 6),),))
+    batch = case.build(torch.float32)
+    keys, values = (cache[batch.block_tables[0, 0].long(), 0, :9] for cache in (batch.key_cache, batch.value_cache))
+    out = reference.paged_attention(*batch.tensors, **batch.options)[:, 0]
+    seen = [[0], [0, 1], [1, 2, 3, 4, 5], *[[2, 3, 4, 5]] * 3, [5, 6], [6, 7], [7, 8]]
+    for position, positions in enumerate(seen):
+        weights = (keys[positions] @ batch.query[position, 0] * batch.scale).softmax(0)
+        torch.testing.assert_close(out[position], weights @ values[positions])
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_output_of_padding_is_finite(implementation: str) -> None:
-    batch = next(case for case in CASES if case.padding).build(torch.float32)
-    assert attend(implementation, batch).isfinite().all()
+    for case in CASES:
+        if case.padding:
+            assert attend(implementation, case.build(torch.float32)).isfinite().all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -120,6 +149,67 @@ def test_a_prefill_gets_the_same_bits_wherever_it_is_cut(
         assert torch.equal(attend("cpp", part(whole, cut, 150)), out[cut:])
     for position in (0, 63, 64, 149):
         assert torch.equal(attend("cpp", part(whole, position, position + 1)), out[position : position + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 8, 100])
+@pytest.mark.parametrize("bent", [False, True], ids=["plain", "capped-alibi"])
+def test_a_prefill_with_spans_gets_the_same_bits_wherever_it_may_be_cut(
+    dtype: torch.dtype, window: int | None, bent: bool
+) -> None:
+    whole = Case(
+        (230,),
+        (230,),
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        block_size=16,
+        window=window,
+        softcap=2.0 if bent else None,
+        alibi=bent,
+        spans=(((33, 130), (130, 190)),),
+    ).build(dtype)
+    out = attend("cpp", whole)
+    for cut in (1, 32, 33, 130, 190, 191, 229):
+        assert torch.equal(attend("cpp", part(whole, 0, cut)), out[:cut])
+        assert torch.equal(attend("cpp", part(whole, cut, 230)), out[cut:])
+    for start in (
+        34,
+        95,
+        129,
+        131,
+        189,
+        229,
+    ):  # of a step's tokens the last ones alone, as the last layer computes them
+        assert torch.equal(attend("cpp", part(whole, start, 230)), out[start:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_span_changes_nothing_for_the_tokens_outside_of_it(implementation: str) -> None:
+    shape = {"heads": 9, "kv_heads": 3, "head_dim": 64, "block_size": 16, "window": 20}
+    outside = torch.ones(150, dtype=torch.bool)
+    outside[40:110] = False
+    with_span = attend(implementation, Case((150,), (150,), **shape, spans=(((40, 110),),)).build(torch.float32))
+    without = attend(implementation, Case((150,), (150,), **shape).build(torch.float32))
+    torch.testing.assert_close(with_span[outside], without[outside], rtol=0, atol=1e-6)
+    assert not (with_span[~outside] - without[~outside]).abs().amax(dim=(1, 2)).lt(1e-3).any()
+
+
+@pytest.mark.parametrize("span", [(0, 3), (4, 8), (5, 5), (-1, 8), (2, 9)])
+def test_a_span_that_is_not_its_tokens_or_not_present_is_refused(span: tuple[int, int]) -> None:
+    require_cpp()
+    batch = Case((8,), (8,), heads=2, kv_heads=1, head_dim=16, block_size=4, spans=(((3, 8),),)).build(torch.float32)
+    assert batch.spans is not None
+    batch.spans[3] = torch.tensor(span)
+    with pytest.raises(RuntimeError, match="a span must hold its token"):
+        attend("cpp", batch)
+
+
+def test_a_softcap_of_nothing_is_refused() -> None:
+    batch = CASES[0].build(torch.float32)
+    require_cpp()
+    with pytest.raises(RuntimeError, match="softcap must be positive"):
+        cpu.paged_attention(*batch.tensors, scale=batch.scale, softcap=0.0)
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.kernels.cases import CASES, Case, names
 from vlm_serve.kernels import dispatch
 from vlm_serve.kernels.attention import reference
+from vlm_serve.kernels.experts import reference as experts_reference
 from vlm_serve.kernels.kv_cache import reference as kv_cache_reference
 
 pytestmark = [
@@ -63,3 +65,15 @@ def test_a_decode_step_is_captured_in_a_cuda_graph_and_follows_its_inputs() -> N
     batch.kv_lengths[0] = 70
     graph.replay()
     torch.testing.assert_close(out, attend(), rtol=0, atol=0)
+
+
+def test_experts_are_grouped_on_a_gpu_and_agree_with_the_reference() -> None:
+    hidden, inner, experts, each = 64, 32, 8, 2
+    x = torch.randn(33, hidden, device="cuda").bfloat16()
+    gate_up = torch.randn(experts, 2 * inner, hidden, device="cuda").bfloat16() / 8
+    down = torch.randn(experts, hidden, inner, device="cuda").bfloat16() / 6
+    weights, index = torch.rand(33, experts, device="cuda").topk(each)
+    together = dispatch.group_experts(*([dispatch.pack_linear(w) for w in all_] for all_ in (gate_up, down)))
+    assert together is not None
+    expected = experts_reference.experts(x, index, weights, gate_up, down, F.silu)
+    torch.testing.assert_close(together(x, index, weights), expected, rtol=2**-6, atol=2**-5)

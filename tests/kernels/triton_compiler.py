@@ -6,6 +6,7 @@ A program of its own, because the tests' process must not decide whether triton 
 import json
 import os
 import sys
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -19,11 +20,23 @@ from vlm_serve.kernels.kv_cache.triton_kernel import write_kv_cache_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEAD_DIMS = (64, 80, 128, 256)
-WINDOWED_HEAD_DIM = 128
+KINDS: dict[str, dict[str, Any]] = {
+    "decode": {"max_query_len": 1},
+    "prefill": {"max_query_len": 512},
+    "windowed": {"max_query_len": 512, "window": 4096},
+    "all-options": {"max_query_len": 512, "window": 4096, "softcap": 50.0, "alibi": True, "spans": True},
+}
+ATTENTION = [
+    *(("bf16", head_dim, kind) for head_dim in (64, 80, 128, 256) for kind in ("decode", "prefill")),
+    *(("bf16", 128, kind) for kind in ("windowed", "all-options")),
+    *(("fp16", 256, kind) for kind in ("decode", "prefill")),  # bfloat16's code but for the type of its elements
+    *(("fp32", head_dim, "prefill") for head_dim in (64, 256)),  # its tiles are those of a decode
+    ("fp32", 128, "all-options"),
+]
+"""Element type, head dimension and kind. A compilation takes a second of a CPU."""
 
 
-def compile_kernel(kernel, tensors: dict[str, str], constants: dict[str, int]) -> dict[str, int]:
+def compile_kernel(kernel, tensors: dict[str, str], constants: dict[str, object]) -> dict[str, int]:
     """`tensors` gives the element type of each pointer; other arguments are int32, a scale is float32."""
     types = {
         name: f"*{tensors[name]}" if name in tensors else "fp32" if "scale" in name else "i32"
@@ -36,18 +49,33 @@ def compile_kernel(kernel, tensors: dict[str, str], constants: dict[str, int]) -
     return {"cubin": len(compiled.asm["cubin"]), "shared_memory": compiled.metadata.shared}
 
 
+def compile_attention(
+    name: str,
+    head_dim: int,
+    max_query_len: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi: bool = False,
+    spans: bool = False,
+) -> dict[str, int]:
+    tensors = dict.fromkeys(("out_ptr", "query_ptr", "key_cache_ptr", "value_cache_ptr"), name)
+    tensors |= dict.fromkeys(("block_tables_ptr", "kv_lengths_ptr", "query_start_ptr"), "i32")
+    constants: dict[str, object] = {}
+    constants |= tile_sizes(4, head_dim, 16, max_query_len, DTYPES[name], window, softcap)
+    for pointer, element, is_there in (("alibi_slopes_ptr", "fp32", alibi), ("spans_ptr", "i32", spans)):
+        if is_there:
+            tensors = tensors | {pointer: element}
+        else:
+            constants[pointer] = None
+    return compile_kernel(paged_attention_kernel, tensors, constants)
+
+
 def main() -> None:
-    built = {}
-    for name, dtype in DTYPES.items():
-        tensors = dict.fromkeys(("out_ptr", "query_ptr", "key_cache_ptr", "value_cache_ptr"), name)
-        tensors |= dict.fromkeys(("block_tables_ptr", "kv_lengths_ptr", "query_start_ptr"), "i32")
-        for head_dim in HEAD_DIMS:
-            kinds = [("decode", 1, None), ("prefill", 512, None)]
-            if head_dim == WINDOWED_HEAD_DIM:
-                kinds += [("windowed", 512, 4096)]
-            for kind, max_query_len, window in kinds:
-                sizes = tile_sizes(4, head_dim, 16, max_query_len, dtype, window)
-                built[f"attention-{name}-D{head_dim}-{kind}"] = compile_kernel(paged_attention_kernel, tensors, sizes)
+    built = {
+        f"attention-{name}-D{head_dim}-{kind}": compile_attention(name, head_dim, **KINDS[kind])
+        for name, head_dim, kind in ATTENTION
+    }
+    for name in DTYPES:
         tensors = dict.fromkeys(("key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr"), name)
         tensors |= {"slot_mapping_ptr": "i64"}
         sizes = {"HEAD_DIM": 80, "KV_HEADS": 8, "BLOCK_SIZE": 16, "PADDED": 1024}

@@ -4,7 +4,7 @@ CUDA tensors go to Triton. On a CPU float32 and bfloat16 go to the C++ operators
 batched torch where they cannot be built.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,6 +13,9 @@ from vlm_serve.kernels.activation import cpu as activation_cpu
 from vlm_serve.kernels.activation import reference as activation_torch
 from vlm_serve.kernels.attention import cpu as attention_cpu
 from vlm_serve.kernels.attention import torch_batched as attention_torch
+from vlm_serve.kernels.experts import by_expert
+from vlm_serve.kernels.experts.by_expert import Compute
+from vlm_serve.kernels.experts.grouped import GroupedExperts, plain_layers
 from vlm_serve.kernels.kv_cache import cpu as kv_cache_cpu
 from vlm_serve.kernels.kv_cache import reference as kv_cache_torch
 from vlm_serve.kernels.linear import OneDnnLinear, PackedLinear, PanelLinear, PlainLinear
@@ -20,6 +23,7 @@ from vlm_serve.kernels.lora import reference as lora_torch
 from vlm_serve.kernels.lora.reference import Segment
 from vlm_serve.kernels.norm import cpu as norm_cpu
 from vlm_serve.kernels.norm import reference as norm_torch
+from vlm_serve.kernels.norm import torch_fused as norm_fused
 from vlm_serve.kernels.rotary import cpu as rotary_cpu
 from vlm_serve.kernels.rotary import reference as rotary_torch
 
@@ -47,6 +51,9 @@ def paged_attention(
     scale: float,
     max_query_len: int,
     window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a ragged batch over the paged cache, prefill chunks and decodes together.
 
@@ -61,6 +68,13 @@ def paged_attention(
         scale: factor of the scores before the softmax.
         max_query_len: the most tokens granted to one sequence.
         window: how many keys a query sees, its own position's and those just before; None: all before it.
+        softcap: scaled scores s become `softcap * tanh(s / softcap)` (Gemma 2, arXiv 2408.00118).
+        alibi_slopes: float32 `[heads]`; `scale * (b(key's position) - b(query's))` is added to the scaled and capped
+            scores (ALiBi, arXiv 2108.12409), with `b(position) = slope * position` in bfloat16 as Falcon has it:
+            slope, position and product are rounded each.
+        spans: int32 `[T, 2]`, for each token `[begin, end)` of the span that attends both ways and holds it, in
+            positions of its sequence; (0, 0) for none. A query sees all keys of its span as well, those before its
+            window and those after it, and they must be present: `end` is at most the sequence's kv_length.
 
     Returns:
         `[T, heads, head_dim]` of the query's dtype. Tokens past `query_start[-1]` are padding; their output is
@@ -70,10 +84,17 @@ def paged_attention(
     if query.device.type == "cuda":
         from vlm_serve.kernels.attention import triton_kernel as attention_triton
 
-        return attention_triton.paged_attention(*tensors, scale=scale, max_query_len=max_query_len, window=window)
-    if _takes_cpp(query):
-        return attention_cpu.paged_attention(*tensors, scale=scale, window=window)
-    return attention_torch.paged_attention(*tensors, scale=scale, window=window)
+        return attention_triton.paged_attention(
+            *tensors,
+            scale=scale,
+            max_query_len=max_query_len,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            spans=spans,
+        )
+    attend = attention_cpu.paged_attention if _takes_cpp(query) else attention_torch.paged_attention
+    return attend(*tensors, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, spans=spans)
 
 
 def write_kv_cache(
@@ -110,6 +131,47 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
     return PlainLinear(weight, bias)
 
 
+def experts(
+    x: torch.Tensor, expert_index: torch.Tensor, expert_weights: torch.Tensor, compute: Compute
+) -> torch.Tensor:
+    """A mixture of experts: the sum of what each token's experts make of it, by their weights.
+
+    Args:
+        x: `[T, hidden]`.
+        expert_index: int64 `[T, k]`, the experts of each token, each once.
+        expert_weights: `[T, k]`, of any floating dtype.
+        compute: `compute(expert, rows [n, hidden], tokens)` -> `[n, hidden]` for the n tokens, int64, that an expert
+            has; experts that have none are not asked.
+
+    Returns:
+        `[T, hidden]` of x's dtype, summed in at least float32.
+    """
+    return by_expert.experts(x, expert_index, expert_weights, compute)
+
+
+def group_experts(
+    gate_up: Sequence[PackedLinear],
+    down: Sequence[PackedLinear],
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> GroupedExperts | None:
+    """`experts` of gated MLPs by grouped products, where the device has them for such layers; None where it has not.
+
+    Args:
+        gate_up, down: each expert's layers, packed; gate and up are one layer's outputs end to end. They go on to work,
+            as views of the grouped weights.
+        activation: of the gate; None: SiLU.
+    """
+
+    def gated(rows: torch.Tensor) -> torch.Tensor:
+        if activation is None:
+            return silu_and_mul(rows)
+        gate, up = rows.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    first, last = plain_layers(gate_up), plain_layers(down)
+    return None if first is None or last is None else GroupedExperts(first, last, gated)
+
+
 def apply_lora(out: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment]) -> None:
     """Adds each adapter's update `B (A x)` to the tokens that have it, in place.
 
@@ -122,16 +184,26 @@ def apply_lora(out: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment]) 
     lora_torch.apply_lora(out, x, segments)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x `[..., size]` over the root of its mean square on the last axis, times `weight [size]`; float32 inside."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """x `[..., size]` over the root of its mean square on the last axis, in float32, times `weight [size] + offset`.
+
+    It is rounded where transformers' models round, or in bfloat16 the likeliest token would differ more often: with an
+    offset the result alone, without one what the weight multiplies, too. A GPU rounds the result alone.
+    """
+    if x.device.type == "cuda":
+        return norm_fused.rms_norm(x, weight, eps, offset)
     norm = norm_cpu.rms_norm if _takes_cpp(x) else norm_torch.rms_norm
-    return norm(x, weight, eps)
+    return norm(x, weight, eps, offset)
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+) -> torch.Tensor:
     """Adds x to `residual`, contiguous and of its shape, in place; returns `rms_norm` of the sum as it was rounded."""
+    if x.device.type == "cuda":
+        return norm_fused.add_rms_norm(x, residual, weight, eps, offset)
     norm = norm_cpu.add_rms_norm if _takes_cpp(x) else norm_torch.add_rms_norm
-    return norm(x, residual, weight, eps)
+    return norm(x, residual, weight, eps, offset)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -53,8 +53,21 @@ inline Floats exp2_of_negative(Floats x) {
   power = power * part + 0.6931471825f;
   power = power * part + 1.0f;
   const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
-  const Floats result = power * reinterpret_cast<const Floats&>(exponent);
+  const Floats result = power * reinterpret_cast<Floats>(exponent);
   return x < -126.0f ? Floats{} : result;
+}
+
+// To 1e-7 of its value: by a polynomial in x * x near 0, where 1 - 2 / (1 + e**2x) would cancel.
+inline Floats tanh_of(Floats x) {
+  const Floats magnitude = x < 0.0f ? -x : x, square = x * x;
+  Floats bend = broadcast(-0.0055286343f);
+  bend = bend * square + 0.0204833168f;
+  bend = bend * square - 0.0536929683f;
+  bend = bend * square + 0.1333089977f;
+  bend = bend * square - 0.3333326288f;
+  const Floats decay = exp2_of_negative(magnitude * (-2 * 1.44269504088896340736f));
+  const Floats far = 1.0f - 2.0f * decay / (1.0f + decay);
+  return magnitude < 0.65f ? x + x * square * bend : x < 0.0f ? -far : far;
 }
 
 // x * sigmoid(x), with the exponential taken of -|x| so that it cannot overflow.
@@ -76,21 +89,35 @@ inline float to_float(BFloat16 value) {
   return result;
 }
 
-inline Floats load(const BFloat16* from) {
-  const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
-  return reinterpret_cast<const Floats&>(words);
+// To the nearest, ties to even; a NaN stays one. Where the CPU does it, what is below 2**-126 becomes zero.
+inline Halves to_halves(Floats value) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(value)));
+#else
+  const Words words = reinterpret_cast<Words>(value);
+  const Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+  return __builtin_convertvector(value == value ? rounded : Words{} + 0x7fc0, Halves);
+#endif
 }
 
-// To the nearest, ties to even; a NaN stays one. Where the CPU does it, what is below 2**-126 becomes zero.
-inline void store(BFloat16* to, Floats value) {
-#if defined(__AVX512BF16__)
-  const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
-  std::memcpy(to, &rounded, sizeof rounded);
+inline Floats from_halves(Halves halves) {
+#if defined(__AVX512F__)  // in one instruction, for which GCC takes three
+  return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)), 16));
 #else
-  const Words words = reinterpret_cast<const Words&>(value);
-  const Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
-  *reinterpret_cast<Halves*>(to) = __builtin_convertvector(value == value ? rounded : Words{} + 0x7fc0, Halves);
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
 #endif
+}
+
+inline Floats load(const BFloat16* from) { return from_halves(*reinterpret_cast<const Halves*>(from)); }
+inline void store(BFloat16* to, Floats value) { *reinterpret_cast<Halves*>(to) = to_halves(value); }
+
+// As a tensor of T keeps it: between operators that are one here torch rounds.
+template <typename T>
+inline Floats rounded(Floats value) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return value;
+  else
+    return from_halves(to_halves(value));
 }
 
 // The first `count` lanes; the others are zero, or left as they are in memory.

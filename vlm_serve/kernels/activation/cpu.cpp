@@ -1,4 +1,4 @@
-// SiLU of the gate times the other half. Contract: dispatch.silu_and_mul.
+// SiLU of the gate, rounded, times the other half. Contract: dispatch.silu_and_mul.
 
 #include <torch/csrc/stable/library.h>
 
@@ -20,7 +20,7 @@ void silu_and_mul(const Tensor& out, const Tensor& gate_up) {
     for_rows(rows, width, [&](int64_t row) {
       const T *gate = from + 2 * row * width, *up = gate + width;
       for (int64_t i = 0; i < width; i += LANES)
-        store(to + row * width + i, silu(load(gate + i, width - i)) * load(up + i, width - i), width - i);
+        store(to + row * width + i, rounded<T>(silu(load(gate + i, width - i))) * load(up + i, width - i), width - i);
     });
   });
 }

@@ -3,7 +3,11 @@
 Pages are gathered and padded, so it costs memory; sequences of like length are taken together.
 """
 
+from typing import NamedTuple
+
 import torch
+
+from vlm_serve.kernels.attention.reference import alibi_bias
 
 SCORES_BUDGET = 16 * 1024**2
 """How many padded scores one group of sequences may have: 64 MiB in float32."""
@@ -19,12 +23,35 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `dispatch.paged_attention`; computes in float32, and the output of padding tokens is zero."""
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     for group in _groups(kv_lengths.tolist(), query_start.diff().tolist(), query.shape[1]):
-        _attend(query, key_cache, value_cache, block_tables, kv_lengths, query_start, group, scale, window, out)
+        out_of_group, token = _attend(
+            query,
+            key_cache,
+            value_cache,
+            block_tables,
+            kv_lengths,
+            query_start,
+            group,
+            _Scoring(scale, window, softcap, alibi_slopes, spans),
+        )
+        out[token] = out_of_group.to(out.dtype)
     return out
+
+
+class _Scoring(NamedTuple):
+    """How a query's product with a key becomes a score, and which keys it sees; as in `paged_attention`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    alibi_slopes: torch.Tensor | None
+    spans: torch.Tensor | None
 
 
 def _groups(kv_lengths: list[int], query_lengths: list[int], num_heads: int) -> list[list[int]]:
@@ -45,6 +72,18 @@ def _groups(kv_lengths: list[int], query_lengths: list[int], num_heads: int) -> 
     return groups
 
 
+def _seen(scoring: _Scoring, positions: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first key that each query sees and the one after its last, of the shape of its position and token."""
+    begins, ends = torch.zeros_like(positions), positions + 1
+    if scoring.window is not None:
+        begins = (ends - scoring.window).clamp(min=0)
+    if scoring.spans is not None:  # a query lies in its span, so what it sees has no gap
+        span_begins, span_ends = scoring.spans[token].long().unbind(-1)
+        begins = torch.where(span_ends > 0, begins.minimum(span_begins), begins)
+        ends = ends.maximum(span_ends)
+    return begins, ends
+
+
 def _attend(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -53,17 +92,20 @@ def _attend(
     kv_lengths: torch.Tensor,
     query_start: torch.Tensor,
     group: list[int],
-    scale: float,
-    window: int | None,
-    out: torch.Tensor,
-) -> None:
+    scoring: _Scoring,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the group's n tokens the result, float32 `[n, heads, head_dim]`, and which tokens of the batch they are."""
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, block_size = key_cache.shape[1:3]
     members = torch.tensor(group, device=query.device)
     starts, lengths = query_start[members].long(), kv_lengths[members].long()
     counts = query_start[members + 1].long() - starts
-    first_positions = lengths - counts
-    first_seen = torch.zeros_like(lengths) if window is None else (first_positions - window + 1).clamp(min=0)
+    offset = torch.arange(int(counts.max()), device=query.device)
+    present = offset < counts[:, None]
+    token = (starts[:, None] + offset).clamp(max=query.shape[0] - 1)
+    positions = (lengths - counts)[:, None] + offset
+    begins, ends = _seen(scoring, positions, token)
+    first_seen = begins[:, 0]
     first_block = int(first_seen.min()) // block_size
     blocks = block_tables[members, first_block : -(-int(lengths.max()) // block_size)].long()
     blocks = blocks.clamp(0, key_cache.shape[0] - 1)
@@ -77,16 +119,16 @@ def _attend(
         pages = cache[blocks].float().transpose(1, 2).reshape(len(group), num_kv_heads, num_keys, head_dim)
         return pages.masked_fill(foreign, 0.0)
 
-    offset = torch.arange(int(counts.max()), device=query.device)
-    present = offset < counts[:, None]
-    token = (starts[:, None] + offset).clamp(max=query.shape[0] - 1)
-    positions = first_positions[:, None, None] + offset[:, None]
-    hidden = key_index > positions
-    if window is not None:
-        hidden |= key_index <= positions - window
     shape = (len(group), len(offset), num_kv_heads, num_heads // num_kv_heads, head_dim)
     padded = query[token].float().reshape(shape).transpose(1, 2).flatten(2, 3)
-    scores = (padded @ gather(key_cache).transpose(2, 3)).unflatten(2, (len(offset), -1)).mul_(scale)
+    scores = (padded @ gather(key_cache).transpose(2, 3)).unflatten(2, (len(offset), -1)).mul_(scoring.scale)
+    if scoring.softcap is not None:
+        scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    if scoring.alibi_slopes is not None:
+        of_keys = alibi_bias(scoring.alibi_slopes, key_index).T.reshape(num_kv_heads, 1, -1, num_keys)
+        of_queries = alibi_bias(scoring.alibi_slopes, positions).unflatten(2, (num_kv_heads, -1)).transpose(1, 2)
+        scores.add_(of_keys - of_queries[..., None], alpha=scoring.scale)
+    hidden = (key_index < begins[:, :, None]) | (key_index >= ends[:, :, None])
     weights = scores.masked_fill_(hidden[:, None, :, None, :], -torch.inf).softmax(dim=-1).flatten(2, 3)
     attended = (weights @ gather(value_cache)).unflatten(2, (len(offset), -1)).transpose(1, 2).flatten(2, 3)
-    out[token[present]] = attended[present].to(out.dtype)
+    return attended[present], token[present]

@@ -9,6 +9,23 @@ import torch
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""The softmax is taken to base 2."""
+
+
+@triton.jit
+def as_bfloat16(x):
+    """float32 x, not negative, rounded to what bfloat16 has: by its bits, as the interpreter's cast cuts them off."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def alibi_bias(slope, position):
+    """What ALiBi gives an integer position by a slope that was rounded, see reference.py."""
+    return as_bfloat16(slope * as_bfloat16(position.to(tl.float32)))
+
 
 @triton.jit
 def paged_attention_kernel(
@@ -19,6 +36,8 @@ def paged_attention_kernel(
     block_tables_ptr,
     kv_lengths_ptr,
     query_start_ptr,
+    alibi_slopes_ptr,
+    spans_ptr,
     num_sequences,
     scale_log2,
     query_token_stride,
@@ -29,6 +48,7 @@ def paged_attention_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP_LOG2: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
@@ -36,7 +56,8 @@ def paged_attention_kernel(
 ):
     """Grid `(T // TILE_TOKENS + S, kv_heads)`: sequence s owns the tiles from `query_start[s] // TILE_TOKENS + s`.
 
-    `WINDOW` is how many keys a query sees, 0 for all before it.
+    `WINDOW` is how many keys a query sees, 0 for all before it. Scores are to base 2: `scale_log2` and `SOFTCAP_LOG2`,
+    0 for no cap, have a factor of log2 e. `alibi_slopes_ptr` and `spans_ptr` may be None.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -71,8 +92,20 @@ def paged_attention_kernel(
 
     length = tl.load(kv_lengths_ptr + sequence)
     position = length - granted + token
+    # A row sees the keys from `seen_from` to before `seen_to`: its span, if it has one, holds it.
+    seen_from = position - WINDOW + 1
+    seen_to = position + 1
     last_token = tl.minimum(first_token + TILE_TOKENS, granted) - 1
     visible = length - granted + last_token + 1
+    if spans_ptr is not None:
+        span_begin = tl.load(spans_ptr + 2 * flat_token, mask=row_used, other=0)
+        span_end = tl.load(spans_ptr + 2 * flat_token + 1, mask=row_used, other=0)
+        seen_from = tl.where(span_end > 0, tl.minimum(seen_from, span_begin), seen_from)
+        seen_to = tl.maximum(seen_to, span_end)
+        visible = tl.maximum(visible, tl.load(spans_ptr + 2 * (start + last_token) + 1))
+    if alibi_slopes_ptr is not None:
+        slope = as_bfloat16(tl.load(alibi_slopes_ptr + head, mask=row_used, other=0.0))[:, None]
+        query_bias = alibi_bias(slope, position[:, None])
     table_ptr = block_tables_ptr + tl.cast(sequence, tl.int64) * block_table_stride
     head_offset = kv_head * BLOCK_SIZE * HEAD_DIM
 
@@ -83,6 +116,9 @@ def paged_attention_kernel(
     first_seen = 0
     if WINDOW > 0:
         first_seen = tl.maximum(length - granted + first_token - WINDOW + 1, 0)
+        if spans_ptr is not None:
+            first_span = spans_ptr + 2 * (start + first_token)
+            first_seen = tl.where(tl.load(first_span + 1) > 0, tl.minimum(first_seen, tl.load(first_span)), first_seen)
         # Tiles of keys begin at the same places for every tile of queries, so that a cut changes no bit.
         first_key = first_seen // TILE_KEYS * TILE_KEYS
     while first_key < visible:
@@ -98,10 +134,15 @@ def paged_attention_kernel(
             value_cache_ptr + offset[:, None] + dim[None, :], mask=key_used[:, None] & dim_used[None, :], other=0.0
         )
         scores = tl.dot(query, keys, input_precision="ieee") * scale_log2
+        if SOFTCAP_LOG2 > 0:
+            # tanh, which the interpreter has not; beyond the range of exp2 it is 1 - 2 / inf or 1 - 2 / 1.
+            scores = SOFTCAP_LOG2 * (1 - 2 / (1 + tl.exp2(scores * (2 * LOG2_E / SOFTCAP_LOG2))))
+        if alibi_slopes_ptr is not None:
+            scores += (alibi_bias(slope, key_position[None, :]) - query_bias) * scale_log2
         # Without a window unused rows see key 0 as well, so that no row's maximum stays -inf.
-        seen = key_position[None, :] <= position[:, None]
+        seen = key_position[None, :] < seen_to[:, None]
         if WINDOW > 0:
-            seen = seen & (key_position[None, :] > position[:, None] - WINDOW)
+            seen = seen & (key_position[None, :] >= seen_from[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         now_highest = tl.maximum(highest, tl.max(scores, axis=1))
         base = now_highest
@@ -123,8 +164,14 @@ def paged_attention_kernel(
 
 
 def tile_sizes(
-    group: int, head_dim: int, block_size: int, max_query_len: int, dtype: torch.dtype, window: int | None = None
-) -> dict[str, int]:
+    group: int,
+    head_dim: int,
+    block_size: int,
+    max_query_len: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> dict[str, int | float]:
     """The kernel's compile-time constants for a model and the longest grant of a batch."""
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     # Exact float32 products are unrolled to single multiplications, which takes the compiler long for a large tile.
@@ -135,6 +182,7 @@ def tile_sizes(
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
         "WINDOW": window or 0,
+        "SOFTCAP_LOG2": (softcap or 0.0) * LOG2_E.value,
         "TILE_TOKENS": rows // group,
         "TILE_ROWS": rows,
         # Keys and values of a tile, twice buffered, stay within the shared memory of a small GPU.
@@ -154,6 +202,9 @@ def paged_attention(
     scale: float,
     max_query_len: int,
     window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `dispatch.paged_attention`; the output of padding tokens is zero."""
     num_tokens, num_heads, head_dim = query.shape
@@ -161,8 +212,9 @@ def paged_attention(
     assert key_cache.is_contiguous()
     assert value_cache.is_contiguous()
     assert query.stride(2) == 1
+    assert spans is None or spans.is_contiguous()
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    sizes = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, max_query_len, query.dtype, window)
+    sizes = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, max_query_len, query.dtype, window, softcap)
     num_sequences = kv_lengths.shape[0]
     grid = (num_tokens // sizes["TILE_TOKENS"] + num_sequences, num_kv_heads)
     paged_attention_kernel[grid](
@@ -173,8 +225,10 @@ def paged_attention(
         block_tables,
         kv_lengths,
         query_start,
+        alibi_slopes,
+        spans,
         num_sequences,
-        scale * 1.4426950408889634,  # log2 e: the softmax is taken to base 2
+        scale * LOG2_E.value,
         query.stride(0),
         query.stride(1),
         block_tables.stride(0),

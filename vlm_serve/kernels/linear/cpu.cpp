@@ -137,7 +137,8 @@ void panel_linear(const Tensor& out, const Tensor& x, const Tensor& panels, cons
   });
 }
 
-// The gate's outputs are the first half of the panels. Both halves are rounded before they meet, as in two operators.
+// The gate's outputs are the first half of the panels. Both halves are rounded before they meet, and the gate's SiLU, as
+// in two operators.
 void panel_silu_and_mul(const Tensor& out, const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias) {
   BFloat16* const to = output_of(out, x);
   const int64_t width = out.size(1);
@@ -150,7 +151,8 @@ void panel_silu_and_mul(const Tensor& out, const Tensor& x, const Tensor& panels
     product.compute(half + panel, panel + 1, first, rows, up, COLUMNS);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t i = row * COLUMNS; i < (row + 1) * COLUMNS; i += LANES)
-        store(to + (first + row) * width + panel * COLUMNS + i % COLUMNS, silu(load(gate + i)) * load(up + i));
+        store(to + (first + row) * width + panel * COLUMNS + i % COLUMNS,
+              rounded<BFloat16>(silu(load(gate + i))) * load(up + i));
   });
 }
 

@@ -39,7 +39,8 @@ class PanelLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.out_features, in_features = weight.shape
-        filled = F.pad(weight, (0, 0, 0, -self.out_features % self.COLUMNS))
+        missing = -self.out_features % self.COLUMNS
+        filled = F.pad(weight, (0, 0, 0, missing)) if missing else weight  # padding by nothing would copy, too
         self.panels = filled.view(-1, self.COLUMNS, in_features // 2, 2).transpose(1, 2).contiguous()
         self.bias = bias
 

@@ -1,4 +1,4 @@
-// Root-mean-square norm. Contracts: dispatch.rms_norm, dispatch.add_rms_norm.
+// Root-mean-square norm, rounded where the reference is. Contracts: dispatch.rms_norm, dispatch.add_rms_norm.
 
 #include <torch/csrc/stable/library.h>
 
@@ -11,15 +11,17 @@ namespace {
 using torch::stable::Tensor;
 
 template <typename T>
-void norm_row(T* to, const T* from, const T* scale, int64_t width, double eps) {
+void norm_row(T* to, const T* from, const T* scale, int64_t width, double eps, float offset) {
   Floats squares{};
   for (int64_t i = 0; i < width; i += LANES) {
     const Floats part = load(from + i, width - i);
     squares += part * part;
   }
   const float factor = 1.0f / std::sqrt(sum_of_lanes(squares) / static_cast<float>(width) + static_cast<float>(eps));
-  for (int64_t i = 0; i < width; i += LANES)
-    store(to + i, load(from + i, width - i) * factor * load(scale + i, width - i), width - i);
+  for (int64_t i = 0; i < width; i += LANES) {
+    const Floats normal = load(from + i, width - i) * factor, weight = load(scale + i, width - i);
+    store(to + i, offset == 0.0f ? rounded<T>(normal) * weight : normal * (weight + offset), width - i);
+  }
 }
 
 void check(const Tensor& out, const Tensor& x, const Tensor& weight) {
@@ -32,7 +34,7 @@ void check(const Tensor& out, const Tensor& x, const Tensor& weight) {
 
 int64_t rows_of(const Tensor& x, int64_t width) { return width == 0 ? 0 : x.numel() / width; }
 
-void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, double eps) {
+void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, double eps, double offset) {
   check(out, x, weight);
   const int64_t width = weight.numel();
   by_dtype(x, [&](auto* type) {
@@ -40,11 +42,14 @@ void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, double e
     const T* const scale = static_cast<const T*>(weight.data_ptr());
     const T* const from = static_cast<const T*>(x.data_ptr());
     T* const to = static_cast<T*>(out.data_ptr());
-    for_rows(rows_of(x, width), width, [&](int64_t row) { norm_row(to + row * width, from + row * width, scale, width, eps); });
+    for_rows(rows_of(x, width), width, [&](int64_t row) {
+      norm_row(to + row * width, from + row * width, scale, width, eps, static_cast<float>(offset));
+    });
   });
 }
 
-void add_rms_norm(const Tensor& out, const Tensor& residual, const Tensor& x, const Tensor& weight, double eps) {
+void add_rms_norm(const Tensor& out, const Tensor& residual, const Tensor& x, const Tensor& weight, double eps,
+                  double offset) {
   check(out, x, weight);
   check(residual, x, weight);
   const int64_t width = weight.numel();
@@ -58,7 +63,7 @@ void add_rms_norm(const Tensor& out, const Tensor& residual, const Tensor& x, co
       T* const sum = sums + row * width;
       for (int64_t i = 0; i < width; i += LANES)
         store(sum + i, load(sum + i, width - i) + load(from + row * width + i, width - i), width - i);
-      norm_row(to + row * width, sum, scale, width, eps);
+      norm_row(to + row * width, sum, scale, width, eps, static_cast<float>(offset));
     });
   });
 }
@@ -66,8 +71,8 @@ void add_rms_norm(const Tensor& out, const Tensor& residual, const Tensor& x, co
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlm_serve, m) {
-  m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()");
-  m.def("add_rms_norm(Tensor(a!) out, Tensor(b!) residual, Tensor x, Tensor weight, float eps) -> ()");
+  m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps, float offset) -> ()");
+  m.def("add_rms_norm(Tensor(a!) out, Tensor(b!) residual, Tensor x, Tensor weight, float eps, float offset) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlm_serve, CPU, m) {

@@ -1,4 +1,4 @@
-// Rotary position embedding. Contract: dispatch.rotate.
+// Rotary position embedding. Contract: dispatch.rotate. In bfloat16 it is to the bit what torch's three operators give.
 
 #include <torch/csrc/stable/library.h>
 
@@ -33,8 +33,9 @@ void rotate(const Tensor& out, const Tensor& x, const Tensor& cos, const Tensor&
         for (int64_t i = 0; i < half; i += LANES) {
           const int64_t count = half - i;
           const Floats first = load(from + i, count), second = load(from + half + i, count);
-          store(to + i, first * load(c + i, count) - second * load(s + i, count), count);
-          store(to + half + i, second * load(c + half + i, count) + first * load(s + half + i, count), count);
+          store(to + i, rounded<T>(first * load(c + i, count)) - rounded<T>(second * load(s + i, count)), count);
+          store(to + half + i,
+                rounded<T>(second * load(c + half + i, count)) + rounded<T>(first * load(s + half + i, count)), count);
         }
       }
     });
