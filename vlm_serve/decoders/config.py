@@ -6,52 +6,37 @@ the decoder's tables and not another decoder.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
+from vlm_serve.decoders.hf_config import KNOWN as KNOWN
+from vlm_serve.decoders.hf_config import read_fields
+from vlm_serve.decoders.kinds import AttentionKind as AttentionKind
+from vlm_serve.decoders.kinds import MlpKind as MlpKind
+from vlm_serve.decoders.kinds import NormKind as NormKind
+from vlm_serve.decoders.kinds import PositionKind as PositionKind
 from vlm_serve.decoders.layer_groups import LayerGroup, group_layers
-from vlm_serve.errors import CheckpointError
 from vlm_serve.layers.rotary import RopeScaling
-
-
-class NormKind(StrEnum):
-    RMS = "rms_norm"
-    RMS_PLUS_ONE = "rms_norm_plus_one"
-    LAYER = "layer_norm"
-
-
-class PositionKind(StrEnum):
-    ROPE = "rope"
-    MROPE = "m_rope"
-    LEARNED = "learned"
-    ALIBI = "alibi"
-
-
-class AttentionKind(StrEnum):
-    """As checkpoints name them in `layer_types`."""
-
-    FULL = "full_attention"
-    SLIDING = "sliding_attention"
-
-
-class MlpKind(StrEnum):
-    GATED = "gated"
-    PLAIN = "plain"
-    EXPERTS = "experts"
-
-
-KNOWN = ("llama", "mistral", "qwen2")
-"""`model_type` of the text configs that can be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """One decoder. Sizes are counts of features, heads, layers or tokens.
 
-    `layer_types` has the kind of each layer; empty: all see the whole context. Those that slide see the last
-    `sliding_window` positions, their own among them. `attention_bias` is of queries, keys and values.
-    `logit_softcap` and `attention_softcap` None: no cap. What a field names and the decoder has no part for yet is
-    refused when it is built.
+    Positions: `partial_rotary_factor` is the share of a head that is rotated. Layers that slide rotate by
+    `local_rope_theta`, without scaling, where it is not None; `unrotated_layers` do not rotate at all. `mrope_section`
+    counts the frequencies of time, row and column, end to end or, `mrope_interleaved`, in turns. A learned position's
+    embedding is at `position_offset` past it.
+
+    Attention: `layer_types` has the kind of each layer; empty: all see the whole context. Those that slide see the last
+    `sliding_window` positions, their own among them. `attention_bias` is of queries, keys and values, `qk_norm` a norm
+    of each query and key. `attention_scale` None is 1 / sqrt(head_dim).
+
+    Layers: `post_norms` are those of Gemma 2, after attention and MLP. With `parallel_residual` attention and MLP take
+    the same stream and are added to it together; the MLP may have no norm of its own then (`mlp_norm`). Of
+    `num_experts` each token takes `experts_per_token`, but in `dense_layers`, whose MLP is gated; `norm_topk_prob`
+    makes their weights sum to one. After each of the first `deepstack_layers` features of images are added.
+
+    `logit_softcap` and `attention_softcap` None: no cap. `embedding_scale` is of the words' embeddings.
     """
 
     architecture: str
@@ -66,17 +51,35 @@ class DecoderConfig:
     norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
-    norm: NormKind = NormKind.RMS
+    partial_rotary_factor: float = 1.0
+    local_rope_theta: float | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    mrope_section: tuple[int, ...] = ()
+    mrope_interleaved: bool = False
     position: PositionKind = PositionKind.ROPE
-    mlp: MlpKind = MlpKind.GATED
-    activation: str = "silu"
+    position_offset: int = 0
+    norm: NormKind = NormKind.RMS
+    norm_bias: bool = False
+    post_norms: bool = False
+    parallel_residual: bool = False
+    mlp_norm: bool = True
     attention_bias: bool = False
     attention_output_bias: bool = False
-    mlp_bias: bool = False
     qk_norm: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
     sliding_window: int | None = None
     layer_types: tuple[AttentionKind, ...] = ()
-    attention_softcap: float | None = None
+    mlp: MlpKind = MlpKind.GATED
+    mlp_bias: bool = False
+    activation: str = "silu"
+    num_experts: int = 0
+    experts_per_token: int = 0
+    experts_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
+    deepstack_layers: int = 0
+    embedding_scale: float | None = None
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
 
@@ -87,36 +90,22 @@ class DecoderConfig:
         Raises:
             CheckpointError: the architecture, or something in it, is not known here.
         """
-        architecture = config.get("model_type")
-        if architecture not in KNOWN:
-            raise CheckpointError(
-                f"Decoders of type {architecture!r} are not known. Known: {', '.join(map(repr, KNOWN))}."
-            )
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        theta, scaling = _rope(config)
-        window, layer_types = _attention_kinds(architecture, config)
-        bias = bool(config.get("attention_bias", False))
-        return cls(
-            architecture=architecture,
-            vocab_size=config["vocab_size"],
-            hidden_size=hidden,
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            intermediate_size=config["intermediate_size"],
-            max_positions=config["max_position_embeddings"],
-            norm_eps=config["rms_norm_eps"],
-            rope_theta=theta,
-            rope_scaling=scaling,
-            activation=config.get("hidden_act", "silu"),
-            attention_bias=bias or architecture == "qwen2",
-            attention_output_bias=bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            sliding_window=window,
-            layer_types=layer_types,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
+        return cls(**read_fields(config))
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many features of a head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def stretches_from(self) -> int | None:
+        """Sequences of more tokens than this take another set of rotary frequencies, for all of their tokens; None:
+        there is one set.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or not scaling.long_factor or self.max_positions <= scaling.original_max_position_embeddings:
+            return None
+        return scaling.original_max_position_embeddings
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -139,36 +128,6 @@ class DecoderConfig:
             (index, group.layers.index(layer)) for index, group in enumerate(self.layer_groups) if layer in group.layers
         )
 
-
-def _attention_kinds(architecture: str, config: Mapping[str, Any]) -> tuple[int | None, tuple[AttentionKind, ...]]:
-    """The window and the kind of each layer, as transformers' model of that architecture reads them."""
-    window, count = config.get("sliding_window"), config["num_hidden_layers"]
-    if architecture == "llama" or window is None or config.get("use_sliding_window") is False:
-        return None, ()
-    if not isinstance(window, int) or window < 1:
-        raise CheckpointError(f"sliding_window is {window!r}; it must be a count of positions.")
-    if architecture == "mistral":
-        return window, (AttentionKind.SLIDING,) * count
-    names = config.get("layer_types") or ()
-    if len(names) != count or not set(names) <= set(AttentionKind):
-        raise CheckpointError(
-            f"layer_types must name {', '.join(AttentionKind)} for each of {count} layers; it is {list(names)}."
-        )
-    kinds = tuple(AttentionKind(name) for name in names)
-    return (window, kinds) if AttentionKind.SLIDING in kinds else (None, ())
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from transformers 5's `rope_parameters` or the older pair of fields."""
-    rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta", 10_000.0),
-        **(config.get("rope_scaling") or {}),
-    }
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "llama3"):
-        raise CheckpointError(f"RoPE scaling {kind!r} is not known. Known: 'default', 'linear', 'llama3'.")
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return theta, RopeScaling(kind, **{name: rope[name] for name in fields if name in rope})
+    def mlp_of(self, layer: int) -> MlpKind:
+        """The kind of one layer's MLP."""
+        return MlpKind.GATED if layer in self.dense_layers else self.mlp

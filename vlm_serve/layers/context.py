@@ -25,12 +25,14 @@ class Outputs:
         query_start: int32 `[S + 1]`, prefix sums of how many each sequence has.
         max_query_len: the most that one sequence has.
         adapters: as the context's, with indices among the n.
+        spans: of these tokens, as the context's, int32 `[n, 2]`.
     """
 
     index: torch.Tensor
     query_start: torch.Tensor
     max_query_len: int
     adapters: tuple[AdapterSegment, ...] = ()
+    spans: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,13 @@ class ForwardContext:
         key_cache, value_cache: `[layers of a group, blocks, kv_heads, block_size, head_dim]`.
         adapters: the tokens that an adapter applies to; empty for a step of base requests alone.
         outputs: where the last layer need not give every token's hidden state; None: it gives all T.
+        rope_positions: int64 `[3, T]`, the time, row and column by which each token is rotated; None: `positions`.
+        spans: int32 `[T, 2]`, the positions `[begin, end)` that a token sees beside those before it, which attend both
+            ways; (0, 0) for one that has none. None: no token has any.
+        deepstack: for n image tokens their indices, int64 `[n]`, and features `[k, n, hidden_size]`: the i-th are added
+            to the stream after layer i (arXiv 2406.04334). None: no token has any.
+        is_long: bool `[T]`, which tokens are of sequences that take the second set of rotary frequencies. None: none
+            is, or there is one set.
     """
 
     positions: torch.Tensor
@@ -61,3 +70,7 @@ class ForwardContext:
     value_cache: torch.Tensor
     adapters: tuple[AdapterSegment, ...] = ()
     outputs: Outputs | None = None
+    rope_positions: torch.Tensor | None = None
+    spans: torch.Tensor | None = None
+    deepstack: tuple[torch.Tensor, torch.Tensor] | None = None
+    is_long: torch.Tensor | None = None
