@@ -95,6 +95,13 @@ def test_a_map_of_the_right_size_is_not_pooled() -> None:
     torch.testing.assert_close(tower(pixels), expected, atol=1e-6, rtol=0)
 
 
-def test_a_model_that_timm_does_not_know_is_an_error_of_the_checkpoint() -> None:
-    with pytest.raises(CheckpointError, match="no_such_model"):
-        TimmTower("no_such_model", (2, 2))
+@pytest.mark.parametrize("name", ["no_such_model", "hf-hub:timm/test_vit.r160_in1k", "local-dir:/etc"])
+def test_a_model_that_timm_does_not_have_is_neither_fetched_nor_looked_for(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"no model {name!r}"):
+        TimmTower(name, (2, 2))
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"])
+def test_an_argument_that_opens_a_file_is_refused(argument: str) -> None:
+    with pytest.raises(CheckpointError, match=f"made with {argument}"):
+        TimmTower("test_vit", (2, 2), {argument: "weights.bin"})

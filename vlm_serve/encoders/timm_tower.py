@@ -10,6 +10,31 @@ from torch import nn
 
 from vlm_serve.errors import CheckpointError
 
+SHAPES = {
+    *("img_size", "patch_size", "dynamic_img_size", "embed_dim", "depth", "depths", "num_heads", "window_size"),
+    *("reg_tokens", "output_stride"),
+}
+"""Arguments of `timm.create_model` that a config may give. Others open files, or fetch them."""
+
+
+def make_timm_model(name: str, arguments: Mapping[str, Any], **own: Any) -> Any:
+    """A timm model of random weights; `arguments` and the name are a checkpoint's, `own` are the caller's.
+
+    Raises:
+        CheckpointError: timm has no such model, or not with these arguments.
+    """
+    if not timm.is_model(name):  # it would take `hf-hub:` and `local-dir:` before a name for places to read
+        raise CheckpointError(f"timm has no model {name!r}. Name one of its own, without a place in front.")
+    if unknown := arguments.keys() - SHAPES:
+        raise CheckpointError(
+            f"timm's model {name!r} is to be made with {', '.join(sorted(unknown))}. A config may give "
+            f"{', '.join(sorted(SHAPES))}."
+        )
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **arguments, **own)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"timm cannot make its model {name!r}: {error}") from None
+
 
 class TimmTower(nn.Module):
     """The features of a timm model, convolutional or transformer, on a grid.
@@ -17,7 +42,7 @@ class TimmTower(nn.Module):
     Args:
         name: of the model in timm, without a pretrained tag.
         grid: rows and columns of the tokens; a larger feature map is averaged down to it.
-        arguments: further ones of `timm.create_model` (`img_size` for a vision transformer).
+        arguments: of `timm.create_model`, those of `SHAPES` (`img_size` for a vision transformer).
 
     Raises:
         CheckpointError: timm has no such model, or not with these arguments.
@@ -26,11 +51,7 @@ class TimmTower(nn.Module):
     def __init__(self, name: str, grid: tuple[int, int], arguments: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.grid = grid
-        self.model: Any
-        try:
-            self.model = timm.create_model(name, pretrained=False, num_classes=0, **(arguments or {}))
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"timm cannot make its model {name!r}: {error}") from None
+        self.model: Any = make_timm_model(name, arguments or {})
         self.model.to(memory_format=torch.channels_last)  # convolutions: half the time in bfloat16 on a CPU
         self.out_features = int(self.model.num_features)
 
