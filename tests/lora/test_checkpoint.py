@@ -14,6 +14,8 @@ SHAPES = {"decoder.layers.0.self_attn.q_proj": (16, 12)}
 
 
 def rename(name: str) -> str | None:
+    if name.startswith("vision_tower.last."):
+        return None
     return "decoder." + name.removeprefix("model.") if name.startswith("model.") else name
 
 
@@ -61,6 +63,12 @@ def test_the_scaling_is_pefts(tmp_path, config, scaling):
         (pair(rank=65), {}, "--max-adapter-rank"),
         (pair(side="A"), {}, "one of lora_A and lora_B"),
         ({"base_model.model.lm_head.weight": torch.ones(2, 2)}, {}, "is no LoRA matrix"),
+        (
+            {"base_model.model.tower.patch_embed.lora_A.weight": torch.ones(4, 3, 2, 2)},
+            {},
+            "tower.patch_embed.lora_A.weight, of shape (4, 3, 2, 2), is no LoRA matrix of a linear layer",
+        ),
+        (pair("vision_tower.last.q_proj"), {}, "holds no LoRA matrices"),
         (None, {"use_dora": True}, "use_dora"),
         (None, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         (None, {"bias": "all"}, "bias"),
@@ -72,6 +80,11 @@ def test_what_does_not_fit_is_named(tmp_path, tensors, config, says):
     with pytest.raises(AdapterError, match="Adapter cardiology") as raised:
         read(write(tmp_path / "cardiology", tensors, **config))
     assert says in str(raised.value)
+
+
+def test_what_the_base_does_not_use_is_passed_over(tmp_path):
+    read_one = read(write(tmp_path / "x", pair() | pair("vision_tower.last.q_proj", width_in=3)))
+    assert read_one.modules.keys() == SHAPES.keys()
 
 
 def test_pickled_weights_are_not_opened(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from vlm_serve.errors import AdapterError
 from vlm_serve.layers.linear import LoraPair
+from vlm_serve.layers.loading import Splitter, whole
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -27,7 +28,7 @@ _LORA_TENSOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[A
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
     """One adapter in host memory: for each module of the model by its canonical name (`decoder.layers.0.
-    self_attn.q_proj`) the pair A `[r, in]`, B `[out, r]` with the scaling folded into B.
+    self_attn.q_proj`, `vision.…`, `projector.…`) the pair A `[r, in]`, B `[out, r]` with the scaling folded into B.
     """
 
     digest: str
@@ -37,6 +38,11 @@ class AdapterWeights:
     def max_rank(self) -> int:
         return max(a.shape[0] for a, _ in self.modules.values())
 
+    @property
+    def image_modules(self) -> list[str]:
+        """Those of the tower and the projector, which change the embeddings of images."""
+        return [name for name in self.modules if not name.startswith("decoder.")]
+
 
 def read_adapter(
     folder: Path,
@@ -44,15 +50,18 @@ def read_adapter(
     rename: Callable[[str], str | None],
     shapes: Mapping[str, tuple[int, int]],
     max_rank: int,
+    split: Splitter = whole,
 ) -> AdapterWeights:
     """Reads a folder as `peft` saves it (LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732).
 
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         digest: the adapter's identity.
-        rename: the family's map from a checkpoint's tensor name to the model's.
+        rename: the family's map from a checkpoint's tensor name to the model's. What it maps to None is passed over, as
+            the base's own weights there are: layers of the tower behind those whose states are taken.
         shapes: `(in_features, out_features)` of every module that can take an adapter, by canonical name.
         max_rank: the largest rank that is served.
+        split: as `load_checkpoint` takes it, for modules that the checkpoint keeps merged.
 
     Raises:
         AdapterError: names what is unsupported, unmatched, misshapen or too large.
@@ -63,28 +72,31 @@ def read_adapter(
     for module, sides in pairs.items():
         if sides.keys() != {"A", "B"}:
             raise AdapterError(f"Adapter {folder.name}: {module} has one of lora_A and lora_B only. Save it again.")
-        canonical = (rename(f"{module}.weight") or "").removesuffix(".weight")
-        if canonical not in shapes:
-            raise AdapterError(
-                f"Adapter {folder.name}: its module {module} matches nothing in the base model that can take an "
-                "adapter. Check that it was trained on this base; the decoder's linear layers can be adapted."
-            )
-        a, b = sides["A"], sides["B"]
+        a = sides["A"]
         rank = a.shape[0]
-        expected = ((rank, shapes[canonical][0]), (shapes[canonical][1], rank))
-        if (tuple(a.shape), tuple(b.shape)) != expected:
-            raise AdapterError(
-                f"Adapter {folder.name}: {module} has shapes {tuple(a.shape)} and {tuple(b.shape)} where the base "
-                f"model takes {expected[0]} and {expected[1]}. It belongs to another base model."
-            )
         if rank > max_rank:
             raise AdapterError(
                 f"Adapter {folder.name}: {module} has rank {rank}; this server takes up to {max_rank}. "
                 "Raise --max-adapter-rank."
             )
-        modules[canonical] = (a, b * _scaling(config, module, rank))
+        renamed = rename(f"{module}.weight")
+        for name, b in () if renamed is None else split(renamed, sides["B"]):
+            canonical = name.removesuffix(".weight")
+            if canonical not in shapes:
+                raise AdapterError(
+                    f"Adapter {folder.name}: its module {module} matches nothing in the base model that can take an "
+                    "adapter. Check that it was trained on this base; linear layers can be adapted, of the decoder's "
+                    "blocks, the tower and the projector."
+                )
+            expected = ((rank, shapes[canonical][0]), (shapes[canonical][1], rank))
+            if (tuple(a.shape), tuple(b.shape)) != expected:
+                raise AdapterError(
+                    f"Adapter {folder.name}: {module} has shapes {tuple(a.shape)} and {tuple(b.shape)} where the base "
+                    f"model takes {expected[0]} and {expected[1]}. It belongs to another base model."
+                )
+            modules[canonical] = (a, b * _scaling(config, module, rank))
     if not modules:
-        raise AdapterError(f"Adapter {folder.name} holds no LoRA matrices.")
+        raise AdapterError(f"Adapter {folder.name} holds no LoRA matrices that change an answer of the base model.")
     return AdapterWeights(digest, modules)
 
 
@@ -128,7 +140,10 @@ def _pair_up(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, dic
     for name, tensor in tensors.items():
         match = _LORA_TENSOR.match(name)
         if match is None or tensor.dim() != 2:
-            raise AdapterError(f"Adapter {folder.name}: {name} is no LoRA matrix of a linear layer.")
+            raise AdapterError(
+                f"Adapter {folder.name}: {name}, of shape {tuple(tensor.shape)}, is no LoRA matrix of a linear layer. "
+                "Train one that leaves convolutions, such as a tower's patch embedding, and embeddings as they are."
+            )
         pairs.setdefault(match["module"], {})[match["side"]] = tensor
     return pairs
 
