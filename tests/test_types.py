@@ -5,7 +5,7 @@ import pytest
 
 from vlm_serve import SamplingParams
 from vlm_serve.errors import InvalidRequestError
-from vlm_serve.types import ImageInputs
+from vlm_serve.types import ImageInputs, ImageSpan, Request
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,17 @@ def test_an_images_digest_covers_bytes_dtype_shape_name_and_grid():
     ]
     assert len(set(digests)) == len(digests)
     assert digest(np.asfortranarray(pixels)) == digests[0]
+
+
+def test_a_prefix_that_attends_both_ways_is_one_span_with_the_images_in_it():
+    pixels = {"pixel_values": np.zeros((3, 2, 2), np.float32)}
+    both, causal = (ImageInputs.create(pixels, (2, 2), 4, attends_both_ways=ways) for ways in (True, False))
+    images = (ImageSpan(1, both), ImageSpan(6, causal), ImageSpan(12, both))
+
+    def spans(prefix):
+        return Request("r", (0,) * 20, SamplingParams(), images, both_ways_prefix=prefix).atomic_spans
+
+    assert spans(0) == ((1, 5), (12, 16))
+    assert spans(10) == ((0, 10), (12, 16))
+    assert spans(20) == ((0, 20),)
+    assert Request("r", (0,) * 20, SamplingParams(), images, both_ways_prefix=10).longest_atomic_span == 10

@@ -48,7 +48,8 @@ class EngineConfig:
     in bytes, or as a float the share of what the weights leave free on a GPU; None is 1 GiB on a CPU and 0.9 on a GPU.
     `max_num_batched_tokens` is the budget of one step; `max_encoder_tokens` the image tokens that may be
     encoded in one; `encoder_cache_tokens` those kept. `speculative_tokens` is how many tokens of an answer are
-    guessed at once from the prompt and what is there of the answer; 0 guesses none.
+    guessed at once from the prompt and what is there of the answer; 0 guesses none. `enforce_eager` (vLLM's name)
+    leaves out the CUDA graphs, which the vision tower has on a GPU.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -63,6 +64,7 @@ class EngineConfig:
     encoder_cache_tokens: int = 16_384
     enable_prefix_caching: bool = True
     speculative_tokens: int = 0
+    enforce_eager: bool = False
     max_adapters: int = 8
     max_adapter_rank: int = 64
 
@@ -78,8 +80,9 @@ class EngineConfig:
         ):
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be a whole number, at least 1.")
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ConfigurationError("enable_prefix_caching must be True or False.")
+        for name in ("enable_prefix_caching", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name} must be True or False.")
         if not _is_whole(self.speculative_tokens) or self.speculative_tokens < 0:
             raise ConfigurationError("speculative_tokens must be a whole number, at least 0, which guesses none.")
         if isinstance(self.kv_cache_memory, float):
@@ -125,10 +128,15 @@ class DecodeLimits:
 
 @dataclass(frozen=True, slots=True)
 class IngestConfig:
-    """The pool of decode workers and what one file may cost them."""
+    """The pool of decode workers and what one file may cost them.
+
+    `image_processor_device` is where the model's own processor then resizes and normalises the pixels: on `cuda` it is
+    faster, and its rounding differs from that of the CPU, which is transformers' bit for bit.
+    """
 
     workers: int = 2
     limits: DecodeLimits = field(default_factory=DecodeLimits)
+    image_processor_device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,6 +272,18 @@ class ImageInputs:
         return cls(contiguous, tuple(grid), num_tokens, sha.hexdigest(), attends_both_ways)
 
 
+ImagePieces = tuple[str | ImageInputs, ...]
+"""What stands in a prompt for one image: its inputs, several where it is cut into tiles or crops, and the text of the
+model's own between them (`<row_1_col_1>`). The text is trusted: special tokens in it count.
+"""
+
+
+def image_digest(pieces: ImagePieces) -> str:
+    """That of an image as the model sees it: its inputs' own, or over those of all its tiles."""
+    digests = [piece.digest for piece in pieces if isinstance(piece, ImageInputs)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
     """The placeholders of one image in a prompt: `[offset, offset + inputs.num_tokens)`."""
@@ -295,6 +307,7 @@ class Request:
     `sampling.bad_words`, `grammar` is `sampling.structured_outputs` as llguidance takes it.
     `pooling` asks for the prompt's embedding and no answer. `continues` says that an answer goes on with the prompt's
     text; else it is a text of its own, a new message.
+    The first `both_ways_prefix` tokens see each other, whichever comes first, as PaliGemma's images and question do.
     """
 
     request_id: str
@@ -310,11 +323,21 @@ class Request:
     grammar: str | None = None
     pooling: bool = False
     continues: bool = False
+    both_ways_prefix: int = 0
+
+    @property
+    def atomic_spans(self) -> tuple[tuple[int, int], ...]:
+        """The tokens `[begin, end)` that attend both ways, span by span: each is computed in one step."""
+        prefix = self.both_ways_prefix
+        images = [
+            (span.offset, span.end) for span in self.images if span.inputs.attends_both_ways and span.offset >= prefix
+        ]
+        return ((0, prefix), *images) if prefix else tuple(images)
 
     @property
     def longest_atomic_span(self) -> int:
         """The most tokens that have to be computed in one step."""
-        return max((span.inputs.num_tokens for span in self.images if span.inputs.attends_both_ways), default=0)
+        return max((end - begin for begin, end in self.atomic_spans), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 
-def make_adapter(model: Any, folder: Path, *, rank: int, seed: int, targets: str, **config: Any) -> PeftModel:
+def make_adapter(
+    model: Any, folder: Path, *, rank: int, seed: int, targets: str | list[str], **config: Any
+) -> PeftModel:
     """Saves a random adapter as `peft` does and returns PEFT's model with it. `model` stays as it is."""
     torch.manual_seed(seed)
     wrapped = get_peft_model(

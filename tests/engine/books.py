@@ -65,9 +65,8 @@ def _written(one: Scheduler) -> list[int]:
 
 def assert_parts_no_span(sequence: Sequence, position: int) -> None:
     """Nothing begins or ends here, inside a span that attends both ways."""
-    for span in sequence.request.images:
-        if span.inputs.attends_both_ways:
-            assert not span.offset < position < span.end, "a span that attends both ways is parted"
+    for begin, end in sequence.request.atomic_spans:
+        assert not begin < position < end, "a span that attends both ways is parted"
 
 
 def _assert_pins_agree(one: Scheduler) -> None:
@@ -161,8 +160,18 @@ class Machine:
         self._assert_only_a_span_passes_the_budget(batch)
         assert len(set(batch.rows.tolist())) == len(batch.rows) <= config.max_num_seqs
         sizes = [inputs.num_tokens for _, inputs in batch.encode]
-        assert len(sizes) <= 1 or sum(sizes) <= config.max_encoder_tokens
+        if len(sizes) > 1 and sum(sizes) > config.max_encoder_tokens:
+            self._assert_one_prefix_has(batch, {key for key, _ in batch.encode})
         assert all(len(draft) <= config.speculative_tokens for draft in batch.drafts)
+
+    def _assert_one_prefix_has(self, batch: ScheduledBatch, keys: set) -> None:
+        """All these images are of one prefix that attends both ways, which needs them at once."""
+        prefixes = []
+        for row in batch.rows.tolist():
+            sequence = self.one._by_row[row]
+            spans = [span for span in sequence.request.images if span.offset < sequence.request.both_ways_prefix]
+            prefixes.append({sequence.image_key(span) for span in spans})
+        assert any(keys <= prefix for prefix in prefixes), "images past the encoder's budget"
 
     def _assert_only_a_span_passes_the_budget(self, batch: ScheduledBatch) -> None:
         """A chunk that is one span that attends both ways may be past it, if a token of it was not."""
@@ -170,10 +179,10 @@ class Machine:
         past = batch.num_tokens - self.one.config.max_num_batched_tokens
         chunks = set(zip(batch.rows.tolist(), batch.starts.tolist(), batch.counts.tolist(), strict=True))
         spans = [
-            span.inputs.num_tokens
+            end - begin
             for row in batch.rows.tolist()
-            for span in self.one._by_row[row].request.images
-            if span.inputs.attends_both_ways and (row, span.offset, span.inputs.num_tokens) in chunks
+            for begin, end in self.one._by_row[row].request.atomic_spans
+            if (row, begin, end - begin) in chunks
         ]
         assert past < max(spans, default=1)
 
@@ -187,6 +196,7 @@ class Machine:
         self.adapters.update(batch.load_adapters)
         for key, _ in batch.encode:
             assert key not in self.embeddings
+            assert key.adapter is None or key.adapter in self.adapters.values(), "encoded with what is not there"
             self.embeddings.add(key)
 
     def _assert_no_block_is_written_twice(self, rows: list[int], starts: list[int], counts: list[int]) -> None:
@@ -207,11 +217,21 @@ class Machine:
         assert_parts_no_span(sequence, start)
         assert_parts_no_span(sequence, len(tokens))
         for image in new.images:
+            assert image.key.adapter in (None, sequence.request.adapter), "another adapter's image"
+            assert image.key.adapter or sequence.request.adapter not in self.one.image_adapters, (
+                "the base model's image"
+            )
             if image.offset < len(tokens) and start < image.offset + image.length:
                 assert image.key in self.embeddings, "an image that is not on the device"
         if sequence.request.adapter is not None:
             assert self.adapters[new.adapter_slot] == sequence.request.adapter, "another adapter in its slot"
-        keys, key = [], hash((sequence.request.adapter, sequence.request.cache_salt))
+        is_long = len(new.token_ids) > self.one.stretches_from
+        assert is_long or len(tokens) <= self.one.stretches_from, "a sequence goes on past its frequencies"
+        prefix = sequence.request.both_ways_prefix  # the keys of all of it depend on all of it
+        shown = tuple((image.key, image.offset) for image in new.images if image.offset < prefix)
+        keys = []
+        own = (sequence.request.adapter, sequence.request.cache_salt, is_long)
+        key = hash((own, tuple(tokens[:prefix]), prefix, shown))
         for position, token in enumerate(tokens):
             image = next((i.key for i in new.images if i.offset <= position < i.offset + i.length), None)
             key = hash((key, token, image))

@@ -5,7 +5,7 @@ that the decoder computes, so that parity can be asserted on the whole prompt.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,15 @@ class Run:
 class Harness:
     """An engine as it serves, of which every step is looked at."""
 
-    def __init__(self, folder: Path, *, adapters: Path | None = None, kv_blocks: int = 512, **config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        adapters: Path | None = None,
+        kv_blocks: int = 512,
+        dtype: str = "float32",
+        **config: Any,
+    ) -> None:
         self.family = load_family(folder)
         self.store = AdapterStore(adapters)
         decoder = self.family.decoder_config
@@ -72,7 +80,7 @@ class Harness:
         per_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * 4
         self.engine = Engine.build(
             self.family,
-            ModelConfig(str(folder), adapters, "float32", DEVICE),
+            ModelConfig(str(folder), adapters, dtype, DEVICE),
             EngineConfig(kv_cache_memory=kv_blocks * block_size * per_token, **config),
             self.store.adapters,
         )
@@ -118,9 +126,10 @@ class Harness:
         adapters: Sequence[str | None] | None = None,
         salt: str = "",
         prompt_logprobs: bool | Sequence[bool] = False,
+        logit_bias: Mapping[int, float] | None = None,
     ) -> list[Run]:
         """Runs the prompts together, greedily, to the end."""
-        sampling = SamplingParams(temperature=0, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, ignore_eos=True, logit_bias=logit_bias)
         self._runs = {str(index): Run(prompt) for index, prompt in enumerate(prompts)}
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         asked = [prompt_logprobs] * len(prompts) if isinstance(prompt_logprobs, bool) else prompt_logprobs
@@ -133,6 +142,7 @@ class Harness:
                     request_id=name,
                     token_ids=run.prompt.token_ids,
                     images=run.prompt.images,
+                    both_ways_prefix=run.prompt.both_ways_prefix,
                     sampling=replace(sampling, max_tokens=limit, prompt_logprobs=0 if is_asked else None),
                     adapter=None if folder is None else folder.digest,
                     cache_salt=salt,
@@ -161,18 +171,32 @@ class Harness:
 def reference_logits(model: Any, run: Run) -> torch.Tensor:
     """transformers' logits `[tokens, vocab]` for a run's prompt and answer, in one forward pass."""
     ids = torch.tensor([run.prompt.token_ids + tuple(run.token_ids[:-1])])
+    mask = attention_mask(run, ids.shape[1])
     if not run.prompt.images:
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        return model(input_ids=ids, attention_mask=mask).logits[0]
     pixels = torch.stack([torch.from_numpy(span.inputs.tensors["pixel_values"]) for span in run.prompt.images])
     answer = ids[:, len(run.prompt.token_ids) :]
     if not (answer == model.config.image_token_id).any():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits[0]
+        return model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[0]
     # A random model may answer with the placeholder itself, which transformers would take for an image.
     embeddings = model.get_input_embeddings()(ids)
     features = model.get_image_features(pixel_values=pixels).pooler_output
     for span, feature in zip(run.prompt.images, features, strict=True):
         embeddings[0, span.offset : span.end] = feature
-    return model(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)).logits[0]
+    return model(inputs_embeds=embeddings, attention_mask=mask).logits[0]
+
+
+def attention_mask(run: Run, length: int) -> torch.Tensor:
+    """What transformers takes: every token is one, or, where spans attend both ways, what is added to the scores,
+    `[1, 1, length, length]`, for a decoder without windows.
+    """
+    if not any(span.inputs.attends_both_ways for span in run.prompt.images):
+        return torch.ones(1, length, dtype=torch.int64)
+    sees = torch.ones(length, length, dtype=torch.bool).tril()
+    for span in run.prompt.images:
+        if span.inputs.attends_both_ways:
+            sees[span.offset : span.end, span.offset : span.end] = True
+    return torch.zeros(length, length).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
 
 
 def assert_parity(model: Any, run: Run) -> float:

@@ -25,6 +25,7 @@ def request(
     pooling=False,
     bad_word_ids=(),
     grammar=None,
+    both_ways_prefix=0,
     **sampling,
 ) -> Request:
     """`tokens` is a prompt or its length; `images` are (offset, ImageInputs); the rest is of `SamplingParams`."""
@@ -42,4 +43,5 @@ def request(
         bad_word_ids=bad_word_ids,
         grammar=grammar,
         pooling=pooling,
+        both_ways_prefix=both_ways_prefix,
     )

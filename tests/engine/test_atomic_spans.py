@@ -11,7 +11,7 @@ from tests.engine.test_block_manager import BLOCK, compute, hit, sequence
 from tests.engine.test_scheduler import finish, scheduler, step
 from vlm_serve.engine.block_manager import BlockManager, most_blocks
 from vlm_serve.engine.scheduler import Scheduler
-from vlm_serve.errors import ContextLengthError
+from vlm_serve.errors import ContextLengthError, InvalidRequestError
 
 
 def span(offset: int, length: int, seed: int = 1):
@@ -57,6 +57,88 @@ def test_a_prompt_that_is_a_span_is_computed_at_once():
     assert counts(one) == [[20]]
 
 
+@pytest.mark.parametrize("budget", [1, 5, 64])
+def test_a_prefix_that_attends_both_ways_is_computed_at_once_with_all_its_images(budget):
+    """Whatever the budgets of tokens and of the encoder; what follows it is chunked again."""
+    one = large(max_num_batched_tokens=budget, max_encoder_tokens=3)
+    images = [(at, image(at, 4)) for at in (0, 4, 8)]
+    one.add(request("a", 26, images=images, both_ways_prefix=18, max_tokens=1))
+    (first,), *_ = counts(one)
+    assert first == (26 if budget == 64 else 18)
+    assert one.images.held == 12
+
+
+@pytest.mark.parametrize("priority", [0, -1])
+def test_images_of_a_prefix_come_together_or_not_at_all(priority):
+    """There is room for one of the two while another's is in use: neither is encoded until there is for both, or what
+    is in use gives way to a better class.
+    """
+    one = large(max_num_batched_tokens=8, encoder_cache_tokens=12, max_num_seqs=2)
+    one.add(request("causal", [7] * 20, images=[(2, image(9, 8))], max_tokens=1))
+    machine, encoded = Machine(one), []
+
+    def next_step():
+        batch = one.schedule()
+        encoded.append({inputs.digest for _, inputs in batch.encode})
+        one.update(batch, machine.run(batch))
+        assert_books_agree(one)
+
+    next_step()
+    images = [(0, image(1, 4)), (4, image(2, 4))]
+    one.add(request("prefix", 12, images=images, both_ways_prefix=12, max_tokens=1, priority=priority))
+    while one.has_work:
+        next_step()
+    causal, pair = {image(9, 8).digest}, {image(1, 4).digest, image(2, 4).digest}
+    assert encoded[:3] == ([causal, set(), pair] if priority == 0 else [causal, pair, causal])
+    assert_empty(one)
+
+
+def test_images_of_a_prefix_that_do_not_fit_together_are_refused():
+    one = large(encoder_cache_tokens=10)
+    images = [(0, image(1, 4)), (4, image(2, 4)), (8, image(3, 4))]
+    with pytest.raises(InvalidRequestError, match="take 12 tokens, all at once"):
+        one.add(request("a", 16, images=images, both_ways_prefix=16))
+    same = [(0, image(1, 4)), (4, image(1, 4)), (8, image(3, 4))]
+    one.add(request("b", 16, images=same, both_ways_prefix=16))
+    one.add(request("c", 16, images=images))
+
+
+def test_blocks_of_a_prefix_are_those_of_the_whole_of_it():
+    """The first tokens and the image are alike; what comes after them in the prefix is not, or is not of it."""
+    manager = BlockManager(32, BLOCK)
+    tokens = [*range(3 * BLOCK), 90]
+    spans = [(1, image(1, BLOCK))]
+
+    def hits(known, prefix, images=spans):
+        return BLOCK * len(manager.find_prefix(sequence(known, images=images, both_ways_prefix=prefix)))
+
+    compute(manager, sequence(tokens, images=spans, both_ways_prefix=2 * BLOCK))
+    assert hits(tokens, 2 * BLOCK) == 3 * BLOCK
+    assert hits([*tokens[: 2 * BLOCK], *[7] * BLOCK, 90], 2 * BLOCK) == 2 * BLOCK, "it ends with the prefix"
+    assert hits([*tokens[: 2 * BLOCK - 1], 91, *tokens[2 * BLOCK :]], 2 * BLOCK) == 0
+    assert hits(tokens, 2 * BLOCK, [(1, image(2, BLOCK))]) == 0
+    for prefix in (0, 1, BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 1):
+        assert hits(tokens, prefix) == 0
+
+
+def test_a_token_that_one_who_gives_way_leaves_pays_for_a_span_past_the_budget_first():
+    """A budget of six, one token of it kept back for the routine answer; its row, but no token, goes to the urgent one
+    behind two spans."""
+    one = large(max_num_batched_tokens=6, max_num_seqs=3)
+    one.add(request("routine", 1, max_tokens=9, priority=1))
+    machine = Machine(one)
+    one.update(batch := one.schedule(), machine.run(batch))
+    for name in ("a", "b", "c"):
+        one.add(request(name, 4, images=[span(0, 4)], max_tokens=1))
+    batch = one.schedule()
+    assert one.num_preemptions == 0
+    assert sorted(batch.counts.tolist()) == [1, 4, 4]
+    one.update(batch, machine.run(batch))
+    while one.has_work:
+        one.update(batch := one.schedule(), machine.run(batch))
+    assert_empty(one)
+
+
 def test_a_span_past_the_budget_takes_no_token_from_those_that_decode():
     one = large(max_num_seqs=4, max_num_batched_tokens=4)
     for name in "abc":
@@ -88,6 +170,20 @@ def test_what_gives_way_after_a_span_past_the_budget_lets_no_second_one_pass_in_
     batch, outputs = step(one)
     assert sorted(batch.counts.tolist()) == [1, 1, 20]
     assert {output.request_id for output in outputs} == {"a", "b", "second"}
+
+
+def test_one_that_gives_way_itself_after_a_span_past_the_budget_lets_no_second_one_pass_in_that_step():
+    one = large(num_blocks=4, max_num_seqs=4, max_num_batched_tokens=5)
+    one.add(request("a", 1, max_tokens=9, priority=1))
+    one.add(request("b", 3, max_tokens=9, priority=1))
+    step(one)
+    step(one)
+    one.add(request("first", 8, images=[span(0, 8)], max_tokens=1))
+    one.add(request("second", 4, images=[span(0, 4, seed=2)], max_tokens=1, priority=1, tenant="another"))
+    batch, outputs = step(one)
+    assert one.num_preemptions == 1
+    assert {output.request_id for output in outputs} == {"a", "first"}
+    assert sorted(batch.counts.tolist()) == [1, 8]
 
 
 def test_a_chunk_ends_before_a_span_whose_image_finds_no_room():

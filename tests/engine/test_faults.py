@@ -1,13 +1,17 @@
 """A fault ends one request; an interrupted step leaves no lie in the books. On a real tiny model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.checkpoints import make_llava
 from tests.engine.adapters import make_adapter
 from tests.engine.harness import Harness, assert_parity, break_the_encoder_for, picture
-from vlm_serve.engine.engine import choose_device
+from vlm_serve.decoders.kinds import NormKind
+from vlm_serve.engine.engine import choose_device, choose_dtype
 from vlm_serve.errors import AdapterError, ConfigurationError
+from vlm_serve.families import load_family
 from vlm_serve.types import FinishReason, Request, SamplingParams
 
 QUESTION = "What does the image show?"
@@ -51,9 +55,10 @@ def test_a_poisoned_image_ends_its_own_request_and_its_neighbours_finish_as_if_a
 
 def test_an_adapter_that_matches_nothing_keeps_the_engine_from_starting(tmp_path):
     """Row 11 of engines.md: no adapter silently does nothing."""
-    model = make_llava(tmp_path / "base")
-    make_adapter(model, tmp_path / "adapters" / "neuro", rank=4, seed=0, targets=r".*vision_tower.*q_proj")
-    with pytest.raises(AdapterError, match=r"neuro.*vision_tower.*matches nothing"):
+    make_llava(tmp_path / "base")
+    deeper = make_llava(tmp_path / "deeper", num_hidden_layers=3)
+    make_adapter(deeper, tmp_path / "adapters" / "neuro", rank=4, seed=0, targets=r".*language_model.*q_proj")
+    with pytest.raises(AdapterError, match=r"neuro.*layers\.2\.self_attn\.q_proj matches nothing"):
         Harness(tmp_path / "base", adapters=tmp_path / "adapters")
 
 
@@ -146,3 +151,13 @@ def test_the_tensors_on_the_device_are_those_of_the_books(adapted):
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(ConfigurationError):
         choose_device(name)
+
+
+def test_float16_is_not_for_a_decoder_that_overflows_in_it(adapted, monkeypatch):
+    gpu, llama = torch.device("cuda"), load_family(adapted[0]).decoder_config
+    gemma = replace(llama, norm=NormKind.RMS_PLUS_ONE)
+    assert choose_dtype("float16", gpu, llama) == torch.float16
+    with pytest.raises(ConfigurationError, match="bfloat16 or float32"):
+        choose_dtype("float16", gpu, gemma)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert [choose_dtype("auto", gpu, one) for one in (llama, gemma)] == [torch.float16, torch.float32]

@@ -30,7 +30,7 @@ MAX_MODEL_LEN = 48
 EOS, STOP = 2, 1
 
 
-def arrival(head, length, images, both_ways, max_tokens, n, adapter, tenant, priority, kind, ends, min_tokens):
+def arrival(head, length, images, both_ways, prefix, max_tokens, n, adapter, tenant, priority, kind, ends, min_tokens):
     """A request that has yet to get its name. Images that attend both ways are longer than the smaller budgets."""
     size = 8 if both_ways else 6
     return lambda name: request(
@@ -48,6 +48,7 @@ def arrival(head, length, images, both_ways, max_tokens, n, adapter, tenant, pri
         tenant=tenant,
         priority=priority,
         pooling=kind == "pooling",
+        both_ways_prefix=min(prefix, length),
         **({kind: 0} if kind.endswith("logprobs") else {}),
         min_tokens=min(min_tokens, max_tokens),
         **ends,
@@ -60,6 +61,7 @@ ARRIVALS = st.builds(
     length=st.one_of(st.integers(1, 12), st.integers(1, 40)),
     images=st.lists(st.integers(0, 4), max_size=3),
     both_ways=st.booleans(),
+    prefix=st.sampled_from([0, 0, 0, 11, MAX_MODEL_LEN]),  # none, up to the second image, all of the prompt
     max_tokens=st.integers(1, 24),
     n=st.sampled_from([1, 1, 1, 2, 4]),
     adapter=st.sampled_from([None, None, "x", "y", "z"]),
@@ -83,9 +85,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         adapters=st.sampled_from([1, 2, 2]),
         caching=st.booleans(),
         drafts=st.sampled_from([0, 3, 3]),
+        stretches_from=st.sampled_from([None, None, 20]),
+        image_adapters=st.sets(st.sampled_from(["x", "y"])),
     )
     def build(
-        self, seed, spare_blocks, windows, rows, budget, encoder_cache, encoder_budget, adapters, caching, drafts
+        self,
+        seed,
+        spare_blocks,
+        windows,
+        rows,
+        budget,
+        encoder_cache,
+        encoder_budget,
+        adapters,
+        caching,
+        drafts,
+        stretches_from,
+        image_adapters,
     ):
         config = EngineConfig(
             block_size=4,
@@ -98,7 +114,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_adapters=adapters,
         )
         num_blocks = len(windows) * MAX_MODEL_LEN // 4 + spare_blocks
-        self.one = Scheduler(config, num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN, windows=windows)
+        self.one = Scheduler(
+            config,
+            num_blocks=num_blocks,
+            max_model_len=MAX_MODEL_LEN,
+            windows=windows,
+            stretches_from=stretches_from,
+            image_adapters=image_adapters,
+        )
         self.machine = Machine(self.one, seed)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], list[TokenOutput]] = defaultdict(list)
@@ -112,8 +135,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.one.add(made)
             except InvalidRequestError:
                 largest = max((span.inputs.num_tokens for span in made.images), default=0)
+                together = {s.inputs.digest: s.inputs for s in made.images if s.offset < made.both_ways_prefix}
+                least = max(largest, sum(inputs.num_tokens for inputs in together.values()))
                 is_too_long = len(made.token_ids) + made.sampling.max_tokens > MAX_MODEL_LEN
-                assert is_too_long or largest > self.one.images.capacity
+                assert is_too_long or least > self.one.images.capacity
             else:
                 self.requests[made.request_id] = made
 

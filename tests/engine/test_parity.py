@@ -12,6 +12,7 @@ import torch
 from tests.checkpoints import make_llava
 from tests.engine.adapters import make_adapter
 from tests.engine.harness import Harness, Run, assert_parity, picture, reference_logits
+from vlm_serve.engine.batch import ImageKey
 from vlm_serve.families.base import Prompt
 from vlm_serve.kernels import dispatch
 
@@ -50,7 +51,7 @@ def test_parity_of_a_conversation(checkpoint, kind):
     (run,) = harness.run(prompt, max_tokens=16, prompt_logprobs=True)
     assert_parity(model, run)
     embeddings = harness.engine.runner._embeddings
-    assert [len(embeddings[span.inputs.digest, ""]) for span in prompt.images] == [
+    assert [len(embeddings[ImageKey(span.inputs.digest, "")]) for span in prompt.images] == [
         span.inputs.num_tokens for span in prompt.images
     ]
     is_image = {at for span in prompt.images for at in range(span.offset, span.end)}
@@ -126,7 +127,7 @@ def test_parity_when_chunked_at_every_split_point(adapted, name):
 
 
 def both_ways(prompt: Prompt) -> Prompt:
-    """The prompt with its images' spans atomic. This decoder is causal all the same, so that parity still holds."""
+    """The prompt with its images' spans atomic, for the engine and for the reference."""
     spans = [replace(span, inputs=replace(span.inputs, attends_both_ways=True)) for span in prompt.images]
     return replace(prompt, images=tuple(spans))
 

@@ -10,7 +10,8 @@ def check_request(request: Request, *, max_model_len: int, max_image_tokens: int
 
     Raises:
         ContextLengthError: prompt and answer do not fit in the context, or not in the KV cache.
-        InvalidRequestError: an empty prompt, an image larger than the encoder cache.
+        InvalidRequestError: an empty prompt, an image larger than the encoder cache, or several that must be in it at
+            once and cannot.
     """
     prompt_len, max_tokens = len(request.token_ids), request.sampling.max_tokens
     if prompt_len == 0:
@@ -29,6 +30,14 @@ def check_request(request: Request, *, max_model_len: int, max_image_tokens: int
     if largest > max_image_tokens:
         raise InvalidRequestError(
             f"An image takes {largest} tokens; the encoder cache holds {max_image_tokens}. Send a smaller image.",
+            param="messages",
+        )
+    prefix = {span.inputs.digest: span.inputs for span in request.images if span.offset < request.both_ways_prefix}
+    together = sum(inputs.num_tokens for inputs in prefix.values())
+    if together > max_image_tokens:
+        raise InvalidRequestError(
+            f"The images take {together} tokens, all at once in this model; the encoder cache holds "
+            f"{max_image_tokens}. Send fewer images.",
             param="messages",
         )
     max_tokens = room if max_tokens is None else max_tokens

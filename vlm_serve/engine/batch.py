@@ -6,13 +6,21 @@ scheduled while this one runs.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from vlm_serve.types import ImageInputs, SamplingParams, TokenLogprobs
 
-ImageKey = tuple[str, str]
-"""An image's digest and its tenant's salt: the key of its embeddings."""
+
+class ImageKey(NamedTuple):
+    """The key of an image's embeddings: its digest, its tenant's salt, and the digest of the adapter if that changes
+    the tower or the projector. Under an adapter of the decoder alone an image's embeddings are the base model's.
+    """
+
+    image: str
+    salt: str
+    adapter: str | None = None
 
 
 TableEntry = tuple[int, ...]
@@ -24,11 +32,16 @@ NULL_BLOCK = -1
 
 @dataclass(frozen=True, slots=True)
 class PlacedImage:
-    """Where one image's placeholders lie in a sequence: `[offset, offset + length)`."""
+    """Where one image's placeholders lie in a sequence: `[offset, offset + length)`; `grid` is its inputs'."""
 
     key: ImageKey
     offset: int
     length: int
+    grid: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +49,7 @@ class NewRow:
     """A sequence that takes a row of the batch, for good until it ends or is preempted.
 
     `token_ids` are the prompt and, after a preemption, what was generated before it. `draw` is the seed
-    of its random draws; `adapter_slot` is None for the base model.
+    of its random draws; `adapter_slot` is None for the base model. `atomic_spans` are the request's.
     """
 
     row: int
@@ -50,6 +63,7 @@ class NewRow:
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     grammar: str | None = None
     pooling: bool = False
+    atomic_spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +77,7 @@ class ScheduledBatch:
         samples: bool `[S]`, whether the last granted token is the last one known, so that the next is drawn.
         new_rows: the sequences among them that the runner has not seen.
         new_blocks: for each of the S, the entries added to its block table in this step.
-        encode: images to encode now, by key.
+        encode: images to encode now, by key; the adapter of one that has one is on the device, or in `load_adapters`.
         evict_images: embeddings to drop first.
         load_adapters: `(slot, digest)` to copy to the device first.
         drafts: for each of the S, the guessed tokens at the end of those granted; empty where none is guessed. They

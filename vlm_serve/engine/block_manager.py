@@ -140,12 +140,25 @@ class BlockManager:
         """
         full = min(parent.computed, child.prompt_len - 1) // self.block_size
         while span := child.atomic_span_at(full * self.block_size):
-            full = span.offset // self.block_size
+            full = span[0] // self.block_size
         entries = self._seen(parent.block_table[:full])
         for group, _ in self._windowed:
             if any(entry[group] == NULL_BLOCK for entry in entries[self._first_needed(full, group) :]):
                 return []
         return entries
+
+    def find_longest(self, sequence: Sequence) -> list[TableEntry]:
+        """The longest of the prefixes that the cache and the other answers to its prompt have for a sequence."""
+        prefixes = [
+            self.find_fork(sibling, sequence)
+            for sibling in sequence.run.answers
+            if sibling.row is not None
+            and sibling.computed >= sibling.prompt_len
+            and sibling.is_long == sequence.is_long
+        ]
+        if not sequence.lacks_prompt_logprobs:
+            prefixes.append(self.find_prefix(sequence))
+        return max(prefixes, key=len, default=[])
 
     def can_admit(self, sequence: Sequence, prefix: list[TableEntry], without: Many[Sequence] = ()) -> bool:
         """Whether a new sequence with this prefix can come to all of its known tokens, were it without these others."""
@@ -265,19 +278,25 @@ class BlockManager:
         ]
 
     def _hash(self, sequence: Sequence, index: int) -> bytes:
-        """sha256 over the parent block's hash, this block's tokens, the adapter, the tenant's salt, and the
-        digest and offset of each image that the block overlaps: placeholders alone are alike for everybody.
+        """sha256 over the parent block's hash, this block's tokens, the adapter, the tenant's salt, which rotary
+        frequencies turned its keys, and the digest and offset of each image that the block overlaps: placeholders alone
+        are alike for everybody.
+
+        The first block's is over the whole of a prefix that attends both ways, and through it every other block's:
+        keys and values in the prefix depend on all of it.
         """
         hashes = sequence.block_hashes
         while len(hashes) <= index:
-            start = len(hashes) * self.block_size
-            end = start + self.block_size
             request = sequence.request
+            start = len(hashes) * self.block_size
+            prefix = 0 if hashes else request.both_ways_prefix
+            end = max(start + self.block_size, prefix)
             images = [
                 (span.inputs.digest, span.offset - start)
                 for span in request.images
                 if span.offset < end and start < span.end
             ]
-            content = (sequence.token_ids[start:end], request.adapter, request.cache_salt, images)
+            own = (request.adapter, request.cache_salt, sequence.is_long)
+            content = (sequence.token_ids[start:end], *own, images, prefix)
             hashes.append(hashlib.sha256((hashes[-1] if hashes else b"") + repr(content).encode()).digest())
         return hashes[index]

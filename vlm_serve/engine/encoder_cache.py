@@ -4,13 +4,13 @@ No tensors here: the model runner has them. Room is counted in image tokens.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from vlm_serve.engine.batch import ImageKey
 
 
 class EncoderCache:
-    """Embeddings by image digest and tenant salt, the least recently used given up first, a pinned one never."""
+    """Embeddings by `ImageKey`, the least recently used given up first, a pinned one never."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -31,8 +31,20 @@ class EncoderCache:
 
     def can_add(self, size: int, unpinned: Iterable[ImageKey] = ()) -> bool:
         """Whether `add` would find room, evicting what is not pinned, were each of `unpinned` pinned once less."""
-        freed = sum(self._sizes[key] for key, count in Counter(unpinned).items() if self._pins[key] == count)
+        freed = sum(self._sizes[key] for key in self._let_go(unpinned))
         return size <= self.capacity - self._pinned + freed
+
+    def can_pin(self, sizes: Mapping[ImageKey, int], unpinned: Iterable[ImageKey] = ()) -> bool:
+        """Whether all of these would find room at once, those that are here among them, were each of `unpinned` pinned
+        once less.
+        """
+        free = self._let_go(unpinned)
+        missing = sum(size for key, size in sizes.items() if key not in self._pins or key in free)
+        return missing <= self.capacity - self._pinned + sum(self._sizes[key] for key in free)
+
+    def _let_go(self, unpinned: Iterable[ImageKey]) -> set[ImageKey]:
+        """Those that nobody would pin any more, were each of `unpinned` pinned once less."""
+        return {key for key, count in Counter(unpinned).items() if self._pins[key] == count}
 
     def add(self, key: ImageKey, size: int) -> list[ImageKey]:
         """Makes room and enters the image; returns the keys that gave way. It must be pinned next."""

@@ -13,15 +13,17 @@ import torch
 
 from vlm_serve.config import EngineConfig, ModelConfig
 from vlm_serve.decoders.config import DecoderConfig
+from vlm_serve.decoders.kinds import NormKind
 from vlm_serve.engine.batch import ScheduledBatch
 from vlm_serve.engine.kv_cache import KVCache, KVPlan, plan_blocks
-from vlm_serve.engine.model_runner import ModelRunner, adaptable_linears
+from vlm_serve.engine.model_runner import ModelRunner, adaptable_linears, tower_linears
 from vlm_serve.engine.scheduler import Scheduler
 from vlm_serve.engine.structured import Structures
-from vlm_serve.errors import ConfigurationError
-from vlm_serve.families.base import ModelFamily
+from vlm_serve.errors import ConfigurationError, InputError
+from vlm_serve.families.base import ModelFamily, VisionLanguageModel
 from vlm_serve.kernels import dispatch
 from vlm_serve.layers.loading import pack_linears
+from vlm_serve.layers.tower_linear import replace_linears
 from vlm_serve.lora.checkpoint import AdapterWeights, read_adapter
 from vlm_serve.lora.store import AdapterFolder
 from vlm_serve.types import EngineStats, Request, StepOutput, TokenOutput
@@ -66,29 +68,25 @@ class Engine:
                 f"{config.encoder_cache_tokens}. Raise encoder_cache_tokens."
             )
         device = choose_device(model_config.device)
-        dtype = choose_dtype(model_config.dtype, device)
+        dtype = choose_dtype(model_config.dtype, device, family.decoder_config)
         with _phase("kernels", on_phase):
             dispatch.prepare(device)
-        with _phase(f"weights ({str(dtype).removeprefix('torch.')}, {device})", on_phase):
-            model = family.build(dtype, device)
-            pack_linears(model)
+        began = time.perf_counter()
+        model = family.build(dtype, device, lambda what: on_phase(f"weights: {what}", time.perf_counter() - began))
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        pack_linears(model)
+        name = f"weights ({str(dtype).removeprefix('torch.')}, {device}, {size / 1e9:.2f} GB)"
+        on_phase(name, time.perf_counter() - began)
         decoder_config = family.decoder_config
-        plan = plan_blocks(decoder_config, config, dtype, device)
+        atomic = family.max_tokens_per_image if family.attends_both_ways else 0
+        plan = plan_blocks(decoder_config, config, dtype, device, longest_span=atomic)
         max_model_len = plan_context(decoder_config, config, plan)
         with _phase(f"kv cache ({plan.describe(max_model_len)})", on_phase):
             kv_cache = KVCache.allocate(decoder_config, plan.num_blocks, config.block_size, dtype, device)
         with _phase(f"adapters ({len(adapters)})", on_phase):
-            shapes = {
-                f"{parent}.{part}": (linear.whole_in_features, width)
-                for parent, linear in adaptable_linears(model)
-                for part, width in linear.whole_parts.items()
-            }
-            weights: dict[str, AdapterWeights] = {
-                adapter.digest: read_adapter(
-                    adapter.folder, adapter.digest, family.rename, shapes, config.max_adapter_rank
-                )
-                for adapter in adapters
-            }
+            weights = read_adapters(adapters, family, model, config.max_adapter_rank)
+            names = {name for one in weights.values() for name in one.image_modules}
+            replace_linears(model, names, model.tower_adapter)
         runner = ModelRunner(
             model,
             kv_cache,
@@ -98,13 +96,27 @@ class Engine:
             load_structures=lambda: Structures(
                 family.backend_tokenizer, decoder_config.vocab_size, family.eos_token_ids
             ),
+            rope_positions=family.rope_positions,
+            enforce_eager=config.enforce_eager,
         )
-        scheduler = Scheduler(config, num_blocks=plan.num_blocks, max_model_len=max_model_len, windows=plan.windows)
+        scheduler = Scheduler(
+            config,
+            num_blocks=plan.num_blocks,
+            max_model_len=max_model_len,
+            windows=plan.windows,
+            stretches_from=decoder_config.stretches_from,
+            image_adapters={digest for digest, one in weights.items() if one.image_modules},
+        )
         return cls(scheduler, runner)
 
     @property
     def max_model_len(self) -> int:
         return self.scheduler.max_model_len
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and KV cache, as `float32`."""
+        return str(self.runner.dtype).removeprefix("torch.")
 
     @property
     def has_work(self) -> bool:
@@ -160,7 +172,29 @@ class Engine:
         if can_run_again and len(batch.rows) > 1:
             self.scheduler.suspect(batch)
             return ()
+        if isinstance(error, InputError) and len(batch.rows) == 1:
+            return self.scheduler.fail(batch, str(error), error.param)
         return self.scheduler.fail(batch, FAULT_MESSAGE)
+
+
+def read_adapters(
+    adapters: Sequence[AdapterFolder], family: ModelFamily, model: VisionLanguageModel, max_rank: int
+) -> dict[str, AdapterWeights]:
+    """The weights of each by its digest.
+
+    Raises:
+        AdapterError: one does not fit the model.
+    """
+    shapes = {
+        f"{parent}.{part}": (linear.whole_in_features, width)
+        for parent, linear in adaptable_linears(model)
+        for part, width in linear.whole_parts.items()
+    }
+    shapes |= {name: (linear.in_features, linear.out_features) for name, linear in tower_linears(model)}
+    return {
+        one.digest: read_adapter(one.folder, one.digest, family.rename, shapes, max_rank, family.split)
+        for one in adapters
+    }
 
 
 def choose_device(name: str) -> torch.device:
@@ -178,17 +212,26 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes in it, else float32."""
+def choose_dtype(name: str, device: torch.device, decoder: DecoderConfig) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware computes in it; else float16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ConfigurationError: there is no such dtype, or not on this device or for this decoder.
+    """
+    # What Gemma adds up from layer to layer passes 65,504, where float16 ends.
+    overflows = decoder.norm is NormKind.RMS_PLUS_ONE
     if name == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            short = torch.float32 if overflows else torch.float16
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else short
         return torch.bfloat16 if _cpu_has_bf16() else torch.float32
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if name not in dtypes:
         raise ConfigurationError(f"There is no dtype {name!r}. Use auto, {', '.join(dtypes)}.")
     if name == "float16" and device.type == "cpu":
         raise ConfigurationError("float16 is slow and imprecise on a CPU. Use bfloat16 or float32.")
+    if name == "float16" and overflows:
+        raise ConfigurationError("Gemma's numbers overflow in float16. Use bfloat16 or float32.")
     return dtypes[name]
 
 

@@ -96,9 +96,16 @@ class KVPlan:
         return f"{amount}{padding}: {self.tokens:,} tokens; {', '.join(counts)}"
 
 
-def plan_blocks(decoder: DecoderConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> KVPlan:
+def plan_blocks(
+    decoder: DecoderConfig,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    longest_span: int = 0,
+) -> KVPlan:
     """The blocks that fit in `config.kv_cache_memory`, or in the default for the device. Call it once the weights
-    are in: a share is of what they leave free.
+    are in: a share is of what they leave free. `longest_span` tokens may have to be computed in one step.
 
     Raises:
         ConfigurationError: a share on a CPU, or not two blocks of each group of layers fit.
@@ -120,4 +127,5 @@ def plan_blocks(decoder: DecoderConfig, config: EngineConfig, dtype: torch.dtype
             "Raise --kv-cache-memory."
         )
     padding = 1 - decoder.num_layers / (len(windows) * decoder.layers_per_group)
-    return KVPlan(num_blocks, config.block_size, block_bytes, windows, config.max_num_batched_tokens, padding)
+    max_chunk = max(config.max_num_batched_tokens, longest_span)
+    return KVPlan(num_blocks, config.block_size, block_bytes, windows, max_chunk, padding)

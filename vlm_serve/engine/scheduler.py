@@ -5,7 +5,7 @@ one budget. Class by class, the better first, running sequences go before waitin
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 from itertools import chain, takewhile
 
@@ -19,6 +19,7 @@ from vlm_serve.engine.encoder_cache import EncoderCache
 from vlm_serve.engine.image_grants import grant_images, unpin_images, unpin_passed_images
 from vlm_serve.engine.preemption import enough_of, give_way, image_users, slot_users, victims
 from vlm_serve.engine.sequence import RequestRun, Sequence
+from vlm_serve.engine.speculation import grant_drafts
 from vlm_serve.engine.step import Step
 from vlm_serve.engine.waiting import Neglect, WaitingQueue
 from vlm_serve.errors import InvalidRequestError
@@ -30,7 +31,12 @@ PATIENCE = 64
 
 
 class Scheduler:
-    """Queue, rows and budgets. It owns the books of blocks, image embeddings and adapter slots."""
+    """Queue, rows and budgets. It owns the books of blocks, image embeddings and adapter slots.
+
+    Args:
+        stretches_from: `DecoderConfig.stretches_from`.
+        image_adapters: digests of the adapters that change the embeddings of images.
+    """
 
     def __init__(
         self,
@@ -39,10 +45,14 @@ class Scheduler:
         num_blocks: int,
         max_model_len: int,
         windows: tuple[int | None, ...] = (None,),
+        stretches_from: int | None = None,
+        image_adapters: Set[str] = frozenset(),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
         self.max_model_len = max_model_len
+        self.stretches_from = max_model_len if stretches_from is None else stretches_from
+        self.image_adapters = image_adapters
         self.blocks = BlockManager(
             num_blocks,
             config.block_size,
@@ -84,7 +94,10 @@ class Scheduler:
         self._arrivals += 1
         self._runs[request.request_id] = run
         for index in range(1 if request.pooling else request.sampling.n):
-            self.waiting.arrive(Sequence.create(request, max_tokens, index=index, run=run))
+            sequence = Sequence.create(request, max_tokens, index=index, run=run)
+            sequence.is_long = sequence.prompt_len > self.stretches_from
+            sequence.image_adapter = request.adapter if request.adapter in self.image_adapters else None
+            self.waiting.arrive(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one of its answers, at whatever stage it is; what is unknown has already ended."""
@@ -123,16 +136,20 @@ class Scheduler:
             unpin_passed_images(self.images, sequence)
             if samples and row not in result.failed:
                 outputs.append(self._output(sequence, tokens, logprobs[: len(tokens)], result.embeddings.get(row)))
+            if not sequence.is_long and sequence.row is not None and len(sequence.token_ids) > self.stretches_from:
+                self._start_over(sequence)
         for row, failure in result.failed.items():
             if failed := self._by_row.get(row):
                 outputs += self._end_in_error(failed.request.request_id, failure.message, failure.param)
         return tuple(outputs)
 
-    def fail(self, batch: ScheduledBatch, message: str) -> tuple[TokenOutput, ...]:
-        """Ends every request of a step that could not be computed, and takes back what the step promised."""
+    def fail(self, batch: ScheduledBatch, message: str, param: str | None = None) -> tuple[TokenOutput, ...]:
+        """Ends every request of a step that could not be computed, and takes back what the step promised. `param` is
+        the field to blame, None where the server is.
+        """
         outputs: list[TokenOutput] = []
         for request_id in self.request_ids(batch):
-            outputs += self._end_in_error(request_id, message)
+            outputs += self._end_in_error(request_id, message, param)
         self._take_back(batch)
         return tuple(outputs)
 
@@ -191,7 +208,8 @@ class Scheduler:
             if not self.waiting.suspects:  # one found no room; nobody else may take what becomes free
                 self._admit_waiting(step, self.waiting.candidates(priority))
         if self.config.speculative_tokens:
-            self._grant_drafts(step)
+            most = self.config.speculative_tokens
+            grant_drafts(step, self.blocks, most=most, stretches_from=self.stretches_from)
         self._promote_neglected(step)
         return step
 
@@ -199,8 +217,7 @@ class Scheduler:
         for sequence in candidates:
             if sequence.row is None:
                 continue  # preempted by one before it
-            step.decoding.discard(sequence)
-            count = sequence.chunk(sequence.computed, step.room)
+            count = sequence.chunk(sequence.computed, step.claim(sequence))
             # Blocks before images, so that no image is encoded for one that gives way itself.
             if count > 0 and self._make_blocks(step, sequence, sequence.computed + count):
                 count = grant_images(self.images, step, sequence, sequence.computed, count)
@@ -236,7 +253,7 @@ class Scheduler:
                     sequence.slotless_steps += 1
                     step.slots_are_taken = sequence.slotless_steps > PATIENCE
                 continue
-            prefix = self._find_prefix(sequence)
+            prefix = self.blocks.find_longest(sequence)
             start = len(prefix) * self.config.block_size
             holders = image_users(self.images, self.running, step, sequence, start)
             if holders is None:
@@ -251,17 +268,6 @@ class Scheduler:
             self._start(sequence, prefix)
             self.blocks.grow(sequence, start + count)
             step.grant(sequence, count, tuple(sequence.block_table))
-
-    def _find_prefix(self, sequence: Sequence) -> list[TableEntry]:
-        """The longest of the prefixes that the cache and the other answers to its prompt have for it."""
-        prefixes = [
-            self.blocks.find_fork(sibling, sequence)
-            for sibling in sequence.run.answers
-            if sibling.row is not None and sibling.computed >= sibling.prompt_len
-        ]
-        if not sequence.lacks_prompt_logprobs:
-            prefixes.append(self.blocks.find_prefix(sequence))
-        return max(prefixes, key=len, default=[])
 
     def _start(self, sequence: Sequence, prefix: list[TableEntry]) -> None:
         """Gives a sequence its prefix. The first time its tenant pays for the rest of the prompt."""
@@ -295,22 +301,6 @@ class Scheduler:
         for victim in users + others:
             self._preempt(step, victim, sequence)
         return True
-
-    def _grant_drafts(self, step: Step) -> None:
-        """Spends what nobody else wants of the step on guesses at the next tokens of those that decode."""
-        for grant in step.granted:
-            sequence = grant.sequence
-            left = sequence.max_tokens - sequence.num_generated - 1
-            limit = min(self.config.speculative_tokens, step.budget, left)
-            if limit <= 0 or not sequence.can_speculate:
-                continue
-            draft = sequence.propose(limit)
-            while draft and not self.blocks.can_grow(sequence, sequence.computed + 1 + len(draft)):
-                draft = draft[:-1]
-            if draft:
-                grant.draft = draft
-                grant.blocks += self.blocks.grow(sequence, sequence.computed + 1 + len(draft))
-                step.budget -= len(draft)
 
     def _promote_neglected(self, step: Step) -> None:
         """No class waits for ever: who came first of one that was long passed over joins the one that was served."""
@@ -346,13 +336,20 @@ class Scheduler:
         sequence.row = None
         self.running.remove(sequence)
 
+    def _start_over(self, sequence: Sequence) -> None:
+        """Has a sequence that has become long computed again: none of its keys are turned as they now have to be."""
+        self._leave_row(sequence)
+        sequence.is_long = True
+        sequence.block_hashes.clear()
+        self.waiting.put_back(sequence)
+
     def _preempt(self, step: Step, victim: Sequence, winner: Sequence) -> None:
         """Sends a sequence back to the queue; its tokens are kept and computed again later."""
         self._leave_row(victim)
         give_way(victim, winner)
         self.waiting.put_back(victim)
         self.num_preemptions += 1
-        step.drop(victim)
+        step.decoding.discard(victim)
 
     def _output(
         self,

@@ -57,7 +57,9 @@ class Sequence:
     `token_ids` and never changes; `block_table` is what it holds of the cache now. A suspect was in a step
     that failed and has to pass one alone. `priority` is the request's until it has waited or given way too often;
     `preemptions` count how often it gave way to a better class.
-    `slotless_steps` count those in which its adapter found no slot.
+    `slotless_steps` count those in which its adapter found no slot. `image_adapter` is the digest of its adapter if
+    that changes the embeddings of images. It `is_long` once it has outgrown the first of a model's two sets of rotary
+    frequencies.
     """
 
     request: Request
@@ -77,7 +79,9 @@ class Sequence:
     ngrams: NgramIndex | None = None
     preemptions: int = 0
     slotless_steps: int = 0
+    image_adapter: str | None = None
     is_suspect: bool = False
+    is_long: bool = False
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
 
@@ -136,14 +140,11 @@ class Sequence:
             and not self.request.bad_word_ids
         )
 
-    def atomic_span_at(self, position: int) -> ImageSpan | None:
-        """The span that attends both ways and that a cut before `position` would part."""
+    def atomic_span_at(self, position: int) -> tuple[int, int] | None:
+        """The span `[begin, end)` that attends both ways and that a cut before `position` would part."""
         if position >= self.prompt_len:
             return None
-        for span in self.request.images:
-            if span.offset < position < span.end and span.inputs.attends_both_ways:
-                return span
-        return None
+        return next(((begin, end) for begin, end in self.request.atomic_spans if begin < position < end), None)
 
     def chunk(self, start: int, room: int) -> int:
         """How many of the known tokens from `start` on a step with this room computes. A cut that would part a span
@@ -153,10 +154,11 @@ class Sequence:
         span = self.atomic_span_at(start + count) if count else None
         if span is None:
             return count
-        return (span.offset if span.offset > start else span.end) - start
+        begin, end = span
+        return (begin if begin > start else end) - start
 
     def image_key(self, span: ImageSpan) -> ImageKey:
-        return span.inputs.digest, self.request.cache_salt
+        return ImageKey(span.inputs.digest, self.request.cache_salt, self.image_adapter)
 
     def propose(self, limit: int) -> tuple[int, ...]:
         """A guess at its next tokens, at most `limit` of them."""

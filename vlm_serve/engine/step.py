@@ -23,12 +23,12 @@ class Grant:
 @dataclass(slots=True)
 class Step:
     """`decoding` are those running that have yet to get the one token that is kept back for each of them, so that none
-    waits for another's prefill. `overdrawn` tokens of atomic spans are past the budget. The step `is_full` when one
-    that is next finds no row or no blocks: nobody behind it may come in. `slots_are_taken` and `images_are_full` say
-    so to those behind who need a slot or have images.
+    waits for another's prefill. The step `is_full` when one that is next finds no row or no blocks: nobody behind it
+    may come in. `slots_are_taken` and `images_are_full` say so to those behind who need a slot or have images.
     """
 
     budget: int
+    """Tokens left; less than 0 after an atomic span that is past it."""
     encoder_budget: int
     decoding: set[Sequence] = field(default_factory=set)
     granted: list[Grant] = field(default_factory=list)
@@ -36,38 +36,33 @@ class Step:
     encode: dict[ImageKey, ImageInputs] = field(default_factory=dict)
     evict_images: list[ImageKey] = field(default_factory=list)
     load_adapters: list[tuple[int, str]] = field(default_factory=list)
-    overdrawn: int = 0
     is_full: bool = False
     slots_are_taken: bool = False
     images_are_full: bool = False
 
     @property
     def room(self) -> int:
-        """Tokens that may be granted beyond those kept back."""
+        """Tokens that may be granted beyond those kept back; less than 0 after a span that is past the budget."""
         return self.budget - len(self.decoding)
 
     def room_without(self, others: Iterable[Sequence]) -> int:
-        """The room if these were gone: what is kept back for them goes to what is overdrawn first."""
-        return self.room + max(0, len(self.decoding.intersection(others)) - self.overdrawn)
+        """The room if these were gone, and nothing were kept back for them."""
+        return self.budget - len(self.decoding.difference(others))
 
-    def drop(self, sequence: Sequence) -> None:
-        """Nothing is kept back any more for one that has given way."""
-        if sequence in self.decoding:
-            self.decoding.remove(sequence)
-            paid = min(1, self.overdrawn)
-            self.overdrawn -= paid
-            self.budget -= paid
+    def claim(self, sequence: Sequence) -> int:
+        """The room for a running sequence whose turn it is: at least the token that is kept back for it, if one is."""
+        is_kept = sequence in self.decoding
+        self.decoding.discard(sequence)
+        return max(self.room, is_kept)
 
     def can_encode(self, size: int) -> bool:
-        """Whether an image of so many tokens may be encoded in it; one larger than the budget is encoded alone."""
+        """Whether images of so many tokens may be encoded in it; what is larger than the budget is encoded alone."""
         return size <= self.encoder_budget or not self.encode
 
     def grant(self, sequence: Sequence, count: int, blocks: tuple[TableEntry, ...]) -> None:
         """A chunk with an atomic span may be past the room; it takes nothing of what is kept back."""
         self.granted.append(Grant(sequence, count, blocks))
-        paid = min(count, self.room)
-        self.overdrawn += count - paid
-        self.budget -= paid
+        self.budget -= count
 
     def batch(self) -> ScheduledBatch:
         sequences = [grant.sequence for grant in self.granted]
@@ -95,7 +90,8 @@ def _new_row(sequence: Sequence) -> NewRow:
         token_ids=tuple(sequence.token_ids),
         prompt_len=sequence.prompt_len,
         images=tuple(
-            PlacedImage(sequence.image_key(span), span.offset, span.inputs.num_tokens) for span in request.images
+            PlacedImage(sequence.image_key(span), span.offset, span.inputs.num_tokens, span.inputs.grid)
+            for span in request.images
         ),
         sampling=request.sampling,
         draw=sequence.draw,
@@ -104,4 +100,5 @@ def _new_row(sequence: Sequence) -> NewRow:
         bad_word_ids=request.bad_word_ids,
         grammar=request.grammar,
         pooling=request.pooling,
+        atomic_spans=request.atomic_spans,
     )
