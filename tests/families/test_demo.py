@@ -3,6 +3,7 @@
 import multiprocessing
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.families.pictures import picture
+from tests.families.pictures import picture, whole
 from vlm_serve.clinical.image import ClinicalImage
 from vlm_serve.config import cache_dir
 from vlm_serve.errors import CheckpointError, ConfigurationError
@@ -83,12 +84,12 @@ def test_an_image_is_64_tokens_and_another_image_others(family: ModelFamily) -> 
     model = family.build(torch.float32, torch.device("cpu"))
     ramp = np.linspace(0, 255, 300 * 200).reshape(300, 200, 1).repeat(3, axis=2).astype(np.uint8)
     chat = ChatInput((ChatMessage("user", (ImagePart(b"", ""), TextPart("What does it show?"))),))
-    inputs = family.process_image(ClinicalImage(ramp, picture().receipt))
-    prompt = family.render_chat(chat, [inputs])
+    inputs = whole(family, ClinicalImage(ramp, picture().receipt))
+    prompt = family.render_chat(chat, [(inputs,)])
     assert prompt.token_ids.count(49152) == inputs.num_tokens == family.max_tokens_per_image == 64
     (embeddings,) = model.encode_images([inputs])
     assert embeddings.shape == (64, 576)
-    other = model.encode_images([family.process_image(picture())])[0]
+    other = model.encode_images([whole(family, picture())])[0]
     assert not torch.allclose(embeddings, other, atol=1e-2)
 
 
@@ -148,8 +149,9 @@ def test_two_processes_at_once_make_one_whole_folder(family: ModelFamily, empty_
     leftover = empty_cache / "models" / f"{family.folder.name}.draft"
     leftover.mkdir(parents=True)
     (leftover / "config.json").write_text("an interrupted start")
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        made = pool.starmap(prepare_demo, [(), ()])
+    # An executor, which tells of a process that died: a pool would start another, and wait for ever.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        made = [future.result(timeout=300) for future in [pool.submit(prepare_demo) for _ in range(2)]]
     assert made[0] == made[1]
     assert not leftover.exists()
     assert load_family(made[0]).model_digest == family.model_digest

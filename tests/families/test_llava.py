@@ -18,7 +18,7 @@ from vlm_serve.types import ChatInput, ChatMessage, ImagePart, TextPart
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from tests.checkpoints import make_llava
-from tests.families.pictures import picture
+from tests.families.pictures import picture, whole
 
 CPU = torch.device("cpu")
 IMAGE = ImagePart(b"", "image/png")
@@ -38,7 +38,7 @@ def test_image_embeddings_equal_transformers_whatever_the_names_of_the_weights(
     reference = make_llava(tmp_path, vision, names=names, sharded=names != "saved")
     family = load_family(tmp_path)
     model = family.build(torch.float32, CPU)
-    images = [family.process_image(picture(seed=seed)) for seed in range(3)]
+    images = [whole(family, picture(seed=seed)) for seed in range(3)]
     expected = transformers_features(reference, [inputs.tensors["pixel_values"] for inputs in images])
     embeddings = model.encode_images(images)
     torch.testing.assert_close(torch.stack(embeddings), expected, atol=1e-5, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_layers_and_strategies_give_transformers_features_and_their_count(
 ) -> None:
     reference = make_llava(tmp_path, vision, feature_layer=layer, strategy=strategy)
     family = load_family(tmp_path)
-    inputs = family.process_image(picture())
+    inputs = whole(family, picture())
     (embeddings,) = family.build(torch.float32, CPU).encode_images([inputs])
     expected = transformers_features(reference, [inputs.tensors["pixel_values"]])[0]
     torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
@@ -89,7 +89,7 @@ def test_prompt_and_pixels_equal_those_of_transformers_processor(tmp_path: Path,
     make_llava(tmp_path, vision)
     family = load_family(tmp_path)
     pictures = [picture(40, 60), picture(90, 30, seed=1), picture(28, 28, seed=2)]
-    images = [family.process_image(image) for image in pictures]
+    images = [whole(family, image) for image in pictures]
     chat = ChatInput(
         (
             ChatMessage("system", (TextPart("Be brief."),)),
@@ -115,7 +115,9 @@ def test_prompt_and_pixels_equal_those_of_transformers_processor(tmp_path: Path,
     expected = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
     )
-    assert list(family.render_chat(chat, images).token_ids) == expected["input_ids"][0].tolist()
+    assert (
+        list(family.render_chat(chat, [(inputs,) for inputs in images]).token_ids) == expected["input_ids"][0].tolist()
+    )
     pixels = np.stack([inputs.tensors["pixel_values"] for inputs in images])
     np.testing.assert_array_equal(pixels, expected["pixel_values"])
     assert pixels.dtype == np.float32
@@ -125,7 +127,7 @@ def test_an_image_three_pixels_high_is_not_taken_for_channels_first(tmp_path: Pa
     make_llava(tmp_path, "siglip")
     image = picture(3, 50)
     image.pixels[:] = (255, 0, 102)
-    pixels = load_family(tmp_path).process_image(image).tensors["pixel_values"]
+    pixels = whole(load_family(tmp_path), image).tensors["pixel_values"]
     expected = np.broadcast_to(np.array([1, -1, -0.2], np.float32)[:, None, None], (3, 28, 28))
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
 
@@ -135,12 +137,17 @@ def test_a_checkpoint_without_a_template_speaks_as_llava_was_tuned(tmp_path: Pat
     family = load_family(tmp_path)
     turns = (("system", (TextPart("Be brief."),)), ("user", (TextPart("What?"), IMAGE)))
     answered = (*turns, ("assistant", (TextPart("Lungs."),)), ("user", (TextPart("And?"),)))
-    inputs = family.process_image(picture())
-    prompt = family.render_chat(ChatInput(tuple(ChatMessage(*turn) for turn in answered)), [inputs])
+    pieces = family.process_image(picture())
+    prompt = family.render_chat(ChatInput(tuple(ChatMessage(*turn) for turn in answered)), [pieces])
     text = family.tokenizer.decode(
         [t for i, t in enumerate(prompt.token_ids) if i not in range(prompt.images[0].offset, prompt.images[0].end)]
     )
     assert text == "<s>Be brief. USER: \nWhat? ASSISTANT: Lungs.</s>USER: And? ASSISTANT:"
+    plain = family.render_chat(ChatInput((ChatMessage("user", (TextPart("What?"),)),)), [])
+    assert family.tokenizer.decode(plain.token_ids) == (
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: What? ASSISTANT:"
+    )
 
 
 def test_tied_word_embeddings_follow_the_outer_config(tmp_path: Path) -> None:
@@ -180,8 +187,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"vision_feature_layer": 9}, "has 3 layers"),
         ({"vision_config": {"model_type": "dinov2"}}, "'dinov2' are not known"),
         ({"text_config": {"model_type": "gpt2"}}, "'gpt2' are not known"),
-        ({"text_config": {"model_type": "no-such"}}, "cannot read"),
-        ({"model_type": "qwen2_5_vl"}, "'qwen2_5_vl' are not served"),
+        ({"text_config": {"model_type": "no-such"}}, "cannot read .*no-such"),
+        ({"model_type": "instructblip"}, "'instructblip' are not served"),
     ],
     ids=["layer", "tower", "decoder", "garbled", "family"],
 )

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from vlm_serve.errors import CheckpointError, InvalidRequestError
 from vlm_serve.families.prompt import PromptRenderer
-from vlm_serve.types import ChatInput, ChatMessage, ImageInputs, ImagePart, TextPart
+from vlm_serve.types import ChatInput, ChatMessage, ImageInputs, ImagePart, ImagePieces, TextPart
 
 # isort: split
 from transformers import PreTrainedTokenizerFast
@@ -43,8 +43,12 @@ def chat(*messages: tuple[str, Sequence[str | ImagePart] | str]) -> ChatInput:
     )
 
 
-def image(num_tokens: int, seed: int = 0) -> ImageInputs:
+def inputs(num_tokens: int, seed: int = 0) -> ImageInputs:
     return ImageInputs.create({"pixel_values": np.full((3, 2, 2), seed, np.float32)}, (num_tokens,), num_tokens)
+
+
+def image(num_tokens: int, seed: int = 0) -> ImagePieces:
+    return (inputs(num_tokens, seed),)
 
 
 def renderer(template: str = CHAT_TEMPLATE) -> PromptRenderer:
@@ -81,12 +85,47 @@ def test_each_placeholder_becomes_as_many_tokens_as_its_image_takes() -> None:
     prompt = renderer().render(
         chat(("user", [IMAGE, "first, then", IMAGE]), ("assistant", "Seen."), ("user", ["and", IMAGE])), images
     )
-    assert [span.inputs for span in prompt.images] == images
+    assert [(span.inputs,) for span in prompt.images] == images
     covered = [i for span in prompt.images for i in range(span.offset, span.end)]
     assert covered == [i for i, token in enumerate(prompt.token_ids) if token == IMAGE_ID]
     assert TOKENIZER.decode([t for t in prompt.token_ids if t != IMAGE_ID]).startswith(
         "<s><|turn|>user\n\nfirst, then\n\n<|turn|>assistant\nSeen.\n<|turn|>user\nand\n"
     )
+
+
+TILED: ImagePieces = ("<|turn|>row", inputs(2), "\n", inputs(3, seed=1), "end")
+
+
+@pytest.mark.parametrize("template_image", [None, "<|turn|>picture"])
+def test_an_image_in_pieces_has_their_text_and_a_placeholder_for_each_inputs(template_image: str | None) -> None:
+    """The text of the model's own becomes the special tokens that it names, and merges with what the user wrote."""
+    template = CHAT_TEMPLATE.replace("<image>\\n", template_image or IMAGE_TOKEN)
+    made = PromptRenderer(TOKENIZER, template, IMAGE_TOKEN, template_image)
+    prompt = made.render(chat(("user", ["see", IMAGE, "\n\nnow", IMAGE])), [TILED, image(4, seed=2)])
+    tiled = "<|turn|>row<image><image>\n<image><image><image>end"
+    text = f"<s><|turn|>user\nsee{tiled}\n\nnow{IMAGE_TOKEN * 4}\n<|turn|>assistant\n"
+    assert list(prompt.token_ids) == TOKENIZER(text, add_special_tokens=False).input_ids
+    assert [span.inputs.digest for span in prompt.images] == [
+        inputs(n, seed).digest for seed, n in enumerate((2, 3, 4))
+    ]
+    covered = [i for span in prompt.images for i in range(span.offset, span.end)]
+    assert covered == [i for i, token in enumerate(prompt.token_ids) if token == IMAGE_ID]
+
+
+def test_what_a_template_writes_for_an_image_is_plain_text_in_a_users() -> None:
+    template = CHAT_TEMPLATE.replace("<image>\\n", "(picture)")
+    made = PromptRenderer(TOKENIZER, template, IMAGE_TOKEN, "(picture)")
+    prompt = made.render(chat(("user", ["a (picture)", IMAGE, "(pic", "ture) <image>"])), [image(2)])
+    assert TOKENIZER.decode(prompt.token_ids).startswith(
+        "<s><|turn|>user\na (picture)<image><image>(picture) <image>\n"
+    )
+    assert specials(prompt.token_ids) == [1, TURN_ID, IMAGE_ID, IMAGE_ID, TURN_ID]
+
+
+def test_such_a_text_alone_is_no_image() -> None:
+    made = PromptRenderer(TOKENIZER, CHAT_TEMPLATE.replace("<image>\\n", "(picture)"), IMAGE_TOKEN, "(picture)")
+    prompt = made.render(chat(("user", ["a (picture)", IMAGE])), [image(2)])
+    assert TOKENIZER.decode(prompt.token_ids).startswith("<s><|turn|>user\na (picture)<image><image>\n")
 
 
 def test_a_template_of_plain_strings_takes_images_too() -> None:
@@ -183,7 +222,7 @@ def test_no_text_whatever_adds_a_special_token_or_is_changed(contents: list[list
         (chat(("user", [IMAGE, IMAGE])), [image(3)]),
     ],
 )
-def test_images_and_placeholders_must_be_as_many(messages: ChatInput, images: list[ImageInputs]) -> None:
+def test_images_and_placeholders_must_be_as_many(messages: ChatInput, images: list[ImagePieces]) -> None:
     with pytest.raises(InvalidRequestError, match="image"):
         renderer().render(messages, images)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoints import make_timm_vlm
-from tests.families.pictures import picture
+from tests.families.pictures import picture, whole
 from vlm_serve.errors import CheckpointError
 from vlm_serve.families import load_family, resolve_model
 from vlm_serve.families.timm_vlm import letterbox
@@ -37,7 +37,7 @@ def test_a_letterboxed_image_is_whole_and_centred_on_black(shape: tuple[int, int
 def test_pixels_are_normalised_channels_first(tmp_path: Path) -> None:
     make_timm_vlm(tmp_path)
     image = picture(160, 160)
-    inputs = load_family(tmp_path).process_image(image)
+    inputs = whole(load_family(tmp_path), image)
     expected = image.pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(inputs.tensors["pixel_values"], expected, atol=1e-6)
     assert (inputs.grid, inputs.num_tokens) == ((4, 4), 16)
@@ -48,7 +48,7 @@ def test_a_batch_of_mixed_shapes_gives_each_images_own_embeddings_in_order(tmp_p
     make_timm_vlm(tmp_path, vision)
     family = load_family(tmp_path)
     model = family.build(torch.float32, CPU)
-    images = [family.process_image(picture(50 + 10 * seed, 60, seed)) for seed in range(5)]
+    images = [whole(family, picture(50 + 10 * seed, 60, seed)) for seed in range(5)]
     if vision == "test_efficientnet":  # it takes any size; every second image is smaller
         images[1::2] = [
             ImageInputs.create({"pixel_values": i.tensors["pixel_values"][:, :128, :128]}, i.grid, i.num_tokens)
@@ -66,7 +66,7 @@ def test_one_shape_is_one_forward(tmp_path: Path) -> None:
     model = family.build(torch.float32, CPU)
     sizes: list[int] = []
     model.vision.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
-    model.encode_images([family.process_image(picture(seed=seed)) for seed in range(3)])
+    model.encode_images([whole(family, picture(seed=seed)) for seed in range(3)])
     assert sizes == [3]
 
 

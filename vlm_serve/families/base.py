@@ -5,44 +5,79 @@ The API's process uses the processor's side (images, prompts), the engine's proc
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.image_processing_backends import TorchvisionBackend
 from transformers.initialization import no_init_weights
 
 from vlm_serve.clinical.image import ClinicalImage
 from vlm_serve.decoders.config import DecoderConfig
 from vlm_serve.decoders.decoder import Decoder
+from vlm_serve.decoders.names import split_merged
 from vlm_serve.digests import folder_digest
-from vlm_serve.errors import CheckpointError, ContextLengthError
+from vlm_serve.encoders.graphs import BucketGraphs, Capture
+from vlm_serve.errors import CheckpointError, ConfigurationError, ContextLengthError, InvalidRequestError
 from vlm_serve.families.prompt import Prompt as Prompt
 from vlm_serve.families.prompt import PromptRenderer
-from vlm_serve.layers.loading import load_checkpoint
-from vlm_serve.types import ChatInput, ImageInputs, TextPart
+from vlm_serve.families.sentencepiece import sentencepiece_tokenizer
+from vlm_serve.layers.loading import Tell, differ, load_checkpoint
+from vlm_serve.layers.quantization import Quantization
+from vlm_serve.layers.tower_linear import TowerAdapter
+from vlm_serve.types import ChatInput, ImageInputs, ImagePieces, TextPart
 
 IDENTITY_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
 """What the identity of a model is made of: weights, configs, tokenizer, template."""
 
 
 class VisionLanguageModel(nn.Module):
-    """The three parts of a model. `vision` takes pixel values `[B, 3, H, W]`, `projector` what it gives."""
+    """The three parts of a model. `vision` takes pixel values `[B, 3, H, W]`, `projector` what it gives; a model of
+    text alone has neither. `tower_adapter` says with whose adapter `encode_images` encodes.
+    """
 
-    def __init__(self, vision: nn.Module, projector: nn.Module, decoder: Decoder) -> None:
+    def __init__(self, vision: nn.Module | None, projector: nn.Module | None, decoder: Decoder) -> None:
         super().__init__()
         self.vision = vision
         self.projector = projector
         self.decoder = decoder
+        self.tower_adapter = TowerAdapter()
+        self._graphs: BucketGraphs | None = None
+
+    def record_graphs(self, capture: Capture) -> None:
+        """From now on a few images at once are encoded by recorded forwards, where tower and projector are two: all but
+        those whose work follows the sizes of the images.
+        """
+        if self.projector is not None:
+            self._graphs = BucketGraphs(self._embed_pixels, capture)
+
+    def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Tower and projector: `[B, 3, H, W]` -> `[B, tokens, hidden_size]`. Recorded forwards have no adapter."""
+        if self._graphs is None or self.tower_adapter.slot is not None:
+            return self._embed_pixels(pixels)
+        return self._graphs(pixels)
+
+    def _embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert self.vision is not None
+        assert self.projector is not None
+        return self.projector(self.vision(pixels))  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[ImageInputs]) -> list[torch.Tensor]:
-        """Embeddings `[num_tokens, hidden_size]` of each image, in order; one forward for each shape of pixels."""
+        """Embeddings `[num_tokens, hidden_size]` of each image, in order; one forward for each shape of pixels.
+
+        Where the decoder has deepstack layers, their features follow the embedding: `[num_tokens, hidden_size * (1 +
+        k)]`.
+        """
+        assert self.projector is not None
         weight = next(self.projector.parameters())
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, inputs in enumerate(images):
@@ -50,7 +85,7 @@ class VisionLanguageModel(nn.Module):
         embeddings: dict[int, torch.Tensor] = {}
         for indices in by_shape.values():
             pixels = torch.stack([torch.as_tensor(images[index].tensors["pixel_values"]) for index in indices])
-            encoded = self.projector(self.vision(pixels.to(weight.device, weight.dtype)))
+            encoded = self.embed_pixels(pixels.to(weight.device, weight.dtype))
             embeddings.update(zip(indices, encoded.unbind(), strict=True))
         return [embeddings[index] for index in range(len(images))]
 
@@ -66,37 +101,84 @@ class ModelFamily(ABC):
         CheckpointError: something in the folder is missing, inconsistent or not known.
     """
 
+    model_types: tuple[str, ...]
+    """What `model_type` of a config.json names it."""
     decoder_config: DecoderConfig
-    image_token_id: int
-    max_tokens_per_image: int
-    """Placeholders of the largest image."""
+    image_token_id: int | None = None
+    """The placeholder; None for a model of text alone, which builds neither tower nor projector."""
+    max_tokens_per_image: int = 0
+    """Placeholders of the largest image, of all its inputs together."""
+    attends_both_ways: bool = False
+    """Whether image tokens see those after them, see `ImageInputs`."""
+
+    @property
+    def min_tokens_per_image(self) -> int:
+        """Placeholders of the smallest image: as many as of the largest, unless a family says otherwise."""
+        return self.max_tokens_per_image
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder = folder
         self.config = config
+        self.quantization = Quantization.from_config(config)
         self.notice: str | None = config.get("notice")
         """What every answer must say about the model; None if there is nothing."""
 
     @classmethod
-    @abstractmethod
     def matches(cls, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is of this family."""
-
-    @abstractmethod
-    def process_image(self, image: ClinicalImage) -> ImageInputs:
-        """Pixels as the tower takes them, and the count of placeholders that follows."""
+        return config.get("model_type") in cls.model_types
 
     @abstractmethod
     def rename(self, name: str) -> str | None:
         """A checkpoint's tensor name to the model's (`decoder.`, `vision.`, `projector.`); None: not needed."""
 
-    @abstractmethod
-    def build_vision(self) -> nn.Module:
-        """The tower, its weights not loaded."""
+    def split(self, name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
+        """The model's own tensors in one that `rename` has named; several where checkpoints keep them merged."""
+        return split_merged(self.decoder_config, name, tensor)
 
-    @abstractmethod
-    def build_projector(self) -> nn.Module:
+    def process_image(self, image: ClinicalImage) -> ImagePieces:
+        """Pixels as the tower takes them, the count of placeholders that follows, and what the prompt says around them.
+
+        Raises:
+            InvalidRequestError: the model takes no images.
+        """
+        raise InvalidRequestError(
+            f"This model ({self.config.get('model_type')}) takes text alone. Leave the images out.", param="messages"
+        )
+
+    def process_pixels_on(self, device: torch.device) -> None:
+        """From now on pixels are resized and normalised there. On a GPU this rounds otherwise than on a CPU.
+
+        Raises:
+            ConfigurationError: the checkpoint's image processor computes on a CPU alone.
+        """
+        processor: Any = getattr(self, "_image_processor", None)
+        is_torchs = isinstance(processor, TorchvisionBackend)
+        if not is_torchs:
+            raise ConfigurationError(
+                f"The image processor of {self.folder} computes on a CPU alone. Leave image_processor_device out."
+            )
+        processor.device = device  # of all that is not said in a call, a processor takes its own attributes
+
+    def build_vision(self) -> nn.Module | None:
+        """The tower, its weights not loaded."""
+        return None
+
+    def build_projector(self) -> nn.Module | None:
         """The projector, its weights not loaded."""
+        return None
+
+    def assemble(self, vision: nn.Module | None, projector: nn.Module | None, decoder: Decoder) -> VisionLanguageModel:
+        """The parts as one model. A family whose tower takes images in another way has a class of its own."""
+        return VisionLanguageModel(vision, projector, decoder)
+
+    def rope_positions(self, length: int, images: Sequence[tuple[int, tuple[int, ...]]]) -> np.ndarray | None:
+        """The time, row and column by which each token of a prompt is rotated: int64 `[3, length]`. None: its place.
+
+        Args:
+            images: the offset and the grid of each, in order.
+        """
+        return None
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer, of the class that its config names."""
@@ -112,12 +194,19 @@ class ModelFamily(ABC):
         return self.load_tokenizer()
 
     @cached_property
-    def image_token(self) -> str:
-        """The placeholder as text."""
+    def image_token(self) -> str | None:
+        """The placeholder as text; None for a model of text alone."""
+        if self.image_token_id is None:
+            return None
         token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         if not isinstance(token, str):
             raise CheckpointError(f"The tokenizer in {self.folder} has no token {self.image_token_id} for images.")
         return token
+
+    @property
+    def template_image(self) -> str | None:
+        """What the chat template writes for an image."""
+        return self.image_token
 
     @cached_property
     def prompts(self) -> PromptRenderer:
@@ -131,14 +220,14 @@ class ModelFamily(ABC):
                 f"The tokenizer in {self.folder} has token {highest}, but the decoder's vocabulary ends at "
                 f"{self.decoder_config.vocab_size - 1}. Take both from the same checkpoint."
             )
-        return PromptRenderer(self.tokenizer, template, self.image_token)
+        return PromptRenderer(self.tokenizer, template, self.image_token, self.template_image)
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
         """The tokenizer of the `tokenizers` library, which streams answers as text."""
         return self.prompts.backend
 
-    def render_chat(self, chat: ChatInput, images: Sequence[ImageInputs]) -> Prompt:
+    def render_chat(self, chat: ChatInput, images: Sequence[ImagePieces]) -> Prompt:
         """The conversation as token ids, with its cue for an answer; see `PromptRenderer.render`.
 
         Raises:
@@ -157,6 +246,10 @@ class ModelFamily(ABC):
         """
         self._check_length(len(text))
         return self.prompts.encode_text(text)
+
+    def encode_ids(self, token_ids: Sequence[int]) -> Prompt:
+        """A bare prompt, given as token ids."""
+        return Prompt(tuple(token_ids))
 
     @cached_property
     def _most_characters(self) -> int:
@@ -187,15 +280,19 @@ class ModelFamily(ABC):
         """The identity of the checkpoint: sha256 over its files."""
         return folder_digest(self.folder, IDENTITY_FILES)
 
-    def build(self, dtype: torch.dtype, device: torch.device) -> VisionLanguageModel:
-        """The model with its weights, for inference.
+    def build(self, dtype: torch.dtype, device: torch.device, tell: Tell = lambda what: None) -> VisionLanguageModel:
+        """The model with its weights, for inference; `tell` as in `load_checkpoint`.
 
         Raises:
             CheckpointError: the weights do not fit the config.
         """
+        head, embeddings = "decoder.lm_head.weight", "decoder.embed_tokens.weight"
+        if self.decoder_config.tie_word_embeddings and differ(self.folder, self.rename, head, embeddings):
+            # So that transformers does not tie them, either: older configs do not say of all models that they are not.
+            self.decoder_config = replace(self.decoder_config, tie_word_embeddings=False)
         with uninitialized(dtype, device):
-            model = VisionLanguageModel(self.build_vision(), self.build_projector(), Decoder(self.decoder_config))
-        load_checkpoint(self.folder, model, self.rename)
+            model = self.assemble(self.build_vision(), self.build_projector(), Decoder(self.decoder_config))
+        load_checkpoint(self.folder, model, self.rename, self.split, self.quantization, tell)
         return model.requires_grad_(False).eval()
 
 
@@ -256,9 +353,15 @@ def read_tokenizer(loader: type[AutoTokenizer | PreTrainedTokenizerFast], folder
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
+    sentencepiece = folder / "tokenizer.model"
+    if sentencepiece.is_file() and not (folder / "tokenizer.json").is_file():
+        settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        return sentencepiece_tokenizer(sentencepiece, settings, read_json(folder / "added_tokens.json"))
     try:
         tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
-        raise CheckpointError(f"{folder} has no tokenizer that can be read (tokenizer.json).") from None
+        raise CheckpointError(
+            f"{folder} has no tokenizer that can be read (tokenizer.json, or a tokenizer.model of SentencePiece's)."
+        ) from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

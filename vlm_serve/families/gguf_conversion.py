@@ -15,25 +15,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from vlm_serve.errors import CheckpointError
+from vlm_serve.families.gguf_model import PARTS, TOP, to_halves
 
 _SPECIAL = 3
 """`tokenizer.ggml.token_type` of a control token."""
-
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-}
-_IN_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 class GgufLlama:
@@ -81,13 +66,13 @@ class GgufLlama:
         heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
         for tensor in self._reader.tensors:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            if tensor.name in _TOP:
-                name = _TOP[tensor.name]
+            if (top := tensor.name.removesuffix(".weight")) in TOP:
+                name = f"{TOP[top]}.weight"
             else:
                 _, layer, part, kind = tensor.name.split(".")
-                name = f"model.layers.{layer}.{_IN_BLOCK[part]}.{kind}"
+                name = f"model.layers.{layer}.{PARTS[part]}.{kind}"
                 if part in heads:
-                    values = _to_halves(values, self._field(heads[part]))
+                    values = to_halves(values, self._field(heads[part]))
             # A copy: what the file holds unquantized is a read-only view of it.
             yield name, torch.from_numpy(np.array(values)).to(torch.bfloat16)
 
@@ -121,9 +106,3 @@ class GgufLlama:
     def _field(self, name: str) -> Any:
         field = self._reader.fields.get(name)
         return None if field is None else field.contents()
-
-
-def _to_halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF keeps the pairs that rotary embedding turns side by side; transformers keeps them half a head apart."""
-    rows, columns = values.shape
-    return values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)

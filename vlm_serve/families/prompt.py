@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from vlm_serve.errors import CheckpointError, InvalidRequestError
-from vlm_serve.types import ChatInput, ChatMessage, ImageInputs, ImageSpan, TextPart
+from vlm_serve.types import ChatInput, ChatMessage, ImageInputs, ImagePieces, ImageSpan, TextPart
 
 _ROLE = re.compile(r"[a-z][a-z_]{0,31}")
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
@@ -26,10 +26,13 @@ _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_templ
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the engine is given: the tokens, with `num_tokens` placeholders for each image, and where they are."""
+    """What the engine is given: the tokens, with `num_tokens` placeholders for each image, where they are, and how many
+    tokens at the front see each other whichever comes first.
+    """
 
     token_ids: tuple[int, ...]
     images: tuple[ImageSpan, ...] = ()
+    both_ways_prefix: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +62,27 @@ class PromptRenderer:
     Args:
         tokenizer: a fast one, of the `tokenizers` library.
         template: Jinja, run by transformers in its immutable sandbox.
-        image_token: the placeholder as the template writes it; None for a model without images.
+        image_token: the placeholder as text; None for a model without images.
+        template_image: what the template writes for an image, where that is another text than the placeholder.
 
     Raises:
         CheckpointError: the tokenizer or the template cannot be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        image_token: str | None,
+        template_image: str | None = None,
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise CheckpointError("The checkpoint has no tokenizer.json. Save its tokenizer again with transformers 5.")
         self._tokenizer = tokenizer
         self._template = template
         self._image_token = image_token
+        self._template_image = template_image or image_token
         self.image_token_id: int | None = None if image_token is None else backend.token_to_id(image_token)
         if image_token is not None and self.image_token_id is None:
             raise CheckpointError(f"The tokenizer does not know the image token {image_token!r} of config.json.")
@@ -82,8 +93,9 @@ class PromptRenderer:
         self._takes_parts = self._template_takes_parts()
         self.tool_format = tool_format(template)
 
-    def render(self, chat: ChatInput, images: Sequence[ImageInputs]) -> Prompt:
-        """The conversation with its cue for an answer, each image's placeholder expanded to its `num_tokens`.
+    def render(self, chat: ChatInput, images: Sequence[ImagePieces]) -> Prompt:
+        """The conversation with its cue for an answer, each image in its pieces, each placeholder expanded to the
+        `num_tokens` of its inputs.
 
         Args:
             chat: at least one message.
@@ -91,7 +103,7 @@ class PromptRenderer:
 
         Raises:
             InvalidRequestError: the template does not take this conversation or knows no tools, its placeholders
-                are not one for each image, or a tool or a variable of the template holds a control token.
+                are not as many as the images, or a tool or a variable of the template holds a control token.
         """
         if not chat.messages:
             raise InvalidRequestError("The conversation has no messages.", param="messages")
@@ -114,7 +126,8 @@ class PromptRenderer:
                 "templates want user and assistant in turns, with at most one system message at the front.",
                 param="messages",
             ) from None
-        return self._expand(self._encode(text, hidden), images)
+        inputs = [piece for pieces in images for piece in pieces if isinstance(piece, ImageInputs)]
+        return self._expand(self._encode(self._place(text, images), hidden), inputs)
 
     def encode_text(self, text: str) -> Prompt:
         """A bare prompt, as the caller wrote it: special tokens in it count. With the image's placeholder in it,
@@ -168,7 +181,7 @@ class PromptRenderer:
             rest["tool_call_id"] = message.tool_call_id
         if self._takes_parts and message.role != "tool":
             return {"role": message.role, "content": parts} | rest
-        pieces = [part.get("text", f"{self._image_token}\n") for part in parts]
+        pieces = [part.get("text", f"{self._template_image}\n") for part in parts]
         return {"role": message.role, "content": "".join(pieces)} | rest
 
     def _check_tools(self, chat: ChatInput) -> None:
@@ -202,7 +215,8 @@ class PromptRenderer:
         """Whether tokenising the text could give a guarded token; a normalizer may fold letters into one."""
         unknown = getattr(self._tokenizer, "unk_token_id", None)
         guarded_ids = set(self._guarded.values()) - {unknown}
-        return any(token in text for token in self._guarded) or not guarded_ids.isdisjoint(
+        guarded = [*self._guarded] if self._template_image is None else [*self._guarded, self._template_image]
+        return any(token in text for token in guarded) or not guarded_ids.isdisjoint(
             self.backend.encode(text, add_special_tokens=False).ids
         )
 
@@ -237,14 +251,19 @@ class PromptRenderer:
             )
         return token_ids
 
+    def _place(self, text: str, images: Sequence[ImagePieces]) -> str:
+        """The template's text with the pieces of each image where it writes one, a placeholder for each inputs."""
+        between = [text] if self._template_image is None else text.split(self._template_image)
+        _check_count(len(images), len(between) - 1)
+        placed = [between[0]]
+        for pieces, after in zip(images, between[1:], strict=True):
+            placed += [piece if isinstance(piece, str) else str(self._image_token) for piece in pieces]
+            placed.append(after)
+        return "".join(placed)
+
     def _expand(self, token_ids: list[int], images: Sequence[ImageInputs]) -> Prompt:
         placeholders = [i for i, token in enumerate(token_ids) if token == self.image_token_id]
-        if len(placeholders) != len(images):
-            raise InvalidRequestError(
-                f"The conversation has {len(images)} image(s) where the model's chat template shows "
-                f"{len(placeholders)}. Put images into user messages.",
-                param="messages",
-            )
+        _check_count(len(images), len(placeholders))
         expanded: list[int] = []
         spans = []
         start = 0
@@ -265,8 +284,17 @@ class PromptRenderer:
             text = self._apply([{"role": "user", "content": parts}])
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return False
-        shown = 0 if self._image_token is None else text.count(self._image_token)
+        shown = 0 if self._template_image is None else text.count(self._template_image)
         return text.count(probe) == 1 and "'type'" not in text and shown == (self._image_token is not None)
+
+
+def _check_count(images: int, shown: int) -> None:
+    if images != shown:
+        raise InvalidRequestError(
+            f"The conversation has {images} image(s) where the model's chat template shows {shown}. Put images into "
+            "user messages.",
+            param="messages",
+        )
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,12 +1,12 @@
-"""A timm tower before a Llama-type decoder: the form of the embedded default, described by a small config.json.
+"""A timm tower before a text model: the form of the embedded default, described by a small config.json.
 
     {"model_type": "vlm_serve_timm", "text_config": {…}, "image_token_id": 49152, "notice": "…",
      "vision": {"model": "tf_efficientnet_lite0", "arguments": {}, "image_size": 256, "grid": [8, 8],
                 "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
      "projector": {"in_features": 1280, "activation": "gelu"}}
 
-Tensors: `model.…` and `lm_head.…` as transformers' `LlamaForCausalLM` names them, so that an adapter trained on
-the plain text model fits; `vision.…` as timm does, `projector.linear_1.…`.
+Tensors: `model.…` and `lm_head.…` as transformers names them in the text model (here `LlamaForCausalLM`), so that an
+adapter trained on that alone fits; `vision.…` as timm does, `projector.linear_1.…`.
 """
 
 from collections.abc import Mapping
@@ -14,30 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vlm_serve.clinical.image import ClinicalImage
-from vlm_serve.decoders.config import DecoderConfig
+from vlm_serve.decoders.config import KNOWN, DecoderConfig
+from vlm_serve.decoders.names import text_name
 from vlm_serve.encoders.projector import MlpProjector
 from vlm_serve.encoders.timm_tower import TimmTower
 from vlm_serve.errors import CheckpointError
-from vlm_serve.families.base import ModelFamily, read_tokenizer, replace_prefix
-from vlm_serve.types import ImageInputs
+from vlm_serve.families.base import ModelFamily, read_tokenizer
+from vlm_serve.types import ImageInputs, ImagePieces
 
 MODEL_TYPE = "vlm_serve_timm"
-
-PREFIXES = {
-    "model.": "decoder.",
-    "lm_head.": "decoder.lm_head.",
-    "vision.": "vision.model.",
-    "projector.": "projector.",
-}
 
 
 class TimmVlmFamily(ModelFamily):
     """See `ModelFamily`."""
+
+    model_types = (MODEL_TYPE,)
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         super().__init__(folder, config)
@@ -53,28 +50,26 @@ class TimmVlmFamily(ModelFamily):
             self._timm_name, self._timm_arguments = str(vision["model"]), dict(vision.get("arguments", {}))
             self._in_features = int(config["projector"]["in_features"])
             self._activation = str(config["projector"]["activation"])
-        except (KeyError, TypeError, ValueError) as error:
+            known = text.get("model_type") in KNOWN
+            self.decoder_config = DecoderConfig.from_hf(AutoConfig.for_model(**text).to_dict() if known else text)
+        except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
             raise CheckpointError(f"{folder}/config.json lacks or garbles the field {error}.") from None
-        defaults = AutoConfig.for_model(text.pop("model_type"), **text)
-        self.decoder_config = DecoderConfig.from_hf(defaults.to_dict())
         self.max_tokens_per_image = self.grid[0] * self.grid[1]
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """By its own file alone: `AutoTokenizer` would warn that it does not know the config's model type."""
         return read_tokenizer(PreTrainedTokenizerFast, self.folder)
 
-    @classmethod
-    def matches(cls, config: Mapping[str, Any]) -> bool:
-        return config.get("model_type") == MODEL_TYPE
-
-    def process_image(self, image: ClinicalImage) -> ImageInputs:
+    def process_image(self, image: ClinicalImage) -> ImagePieces:
         """The whole image in a black square, its aspect kept; `pixel_values` is float32 `[3, size, size]`."""
         square = letterbox(image.pixels, self.image_size).astype(np.float32)
         normal = (square / 255 - self.mean) / self.std
-        return ImageInputs.create({"pixel_values": normal.transpose(2, 0, 1)}, self.grid, self.max_tokens_per_image)
+        return (ImageInputs.create({"pixel_values": normal.transpose(2, 0, 1)}, self.grid, self.max_tokens_per_image),)
 
     def rename(self, name: str) -> str | None:
-        return replace_prefix(name, PREFIXES)
+        if name.startswith("vision."):
+            return name.replace("vision.", "vision.model.", 1)
+        return name if name.startswith("projector.") else text_name(self.decoder_config.architecture, name)
 
     def build_vision(self) -> TimmTower:
         return TimmTower(self._timm_name, self.grid, self._timm_arguments)
