@@ -6,6 +6,8 @@ from typing import Protocol
 import msgspec
 
 from vlm_serve.clinical.image import ImageReceipt
+from vlm_serve.config import DecodeLimits, ServerConfig
+from vlm_serve.serving.media import MEDIA_TYPES
 from vlm_serve.serving.run import Usage
 from vlm_serve.serving.served_model import ServedModel
 from vlm_serve.types import JsonObject, TokenLogprobs
@@ -41,8 +43,16 @@ def receipt_json(receipt: ImageReceipt) -> JsonObject:
     return fields | {"attributes": dict(receipt.attributes), "notes": list(receipt.notes)}
 
 
-def model_json(model: ServedModel) -> JsonObject:
-    """One entry of `/v1/models`."""
+def model_json(model: ServedModel, config: ServerConfig, limits: DecodeLimits) -> JsonObject:
+    """One entry of `/v1/models`; `images` is null where the model takes none. A file comes in base64, in a body."""
+    images = {
+        "min_tokens": model.min_tokens_per_image,
+        "max_tokens": model.max_tokens_per_image,
+        "max_images": config.max_images,
+        "max_file_bytes": min(limits.max_file_bytes, config.max_body_bytes // 4 * 3),
+        "max_dimension": limits.max_dimension,
+        "media_types": list(MEDIA_TYPES),
+    }
     return {
         "id": model.id,
         "object": "model",
@@ -52,6 +62,8 @@ def model_json(model: ServedModel) -> JsonObject:
         "parent": model.parent,
         "max_model_len": model.max_model_len,
         "max_tokens_per_image": model.max_tokens_per_image,
+        "dtype": model.dtype,
+        "images": images if model.max_tokens_per_image else None,
         "digest": model.digest,
         "notice": model.notice,
     }

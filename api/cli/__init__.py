@@ -10,6 +10,9 @@ from vlm_serve.errors import VlmServeError
 
 INTERRUPTED = 130
 
+# Before any library that could ask a model hub is imported: nothing leaves the machine.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; an error of ours is one line on standard error and exit status 1."""

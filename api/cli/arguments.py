@@ -170,6 +170,9 @@ def _add_model(parser: argparse.ArgumentParser, checkpoint_flag: str = "model") 
         "engine.kv_cache_memory",
         "such as 2GiB, or on a GPU a share of what is free, 0.8 or 80%% (default: 1GiB, 0.9)",
     )
+    _add_setting(
+        group, "ingest.image_processor_device", "where pixels are resized and normalised: cpu or cuda (default: cpu)"
+    )
     _add_setting(group, "engine.max_num_seqs", "requests in one batch (default: 64)")
     _add_setting(group, "engine.max_num_batched_tokens", "tokens in one step (default: 512)")
     _add_setting(group, "engine.speculative_tokens", "tokens guessed at once from what is there (default: 0, none)")

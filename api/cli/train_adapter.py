@@ -119,7 +119,7 @@ def _train(
         family = load_family(folder)
         task.advance()
     device = choose_device(settings.model.device)
-    dtype = choose_dtype(settings.model.dtype, device)
+    dtype = choose_dtype(settings.model.dtype, device, family.decoder_config)
     draft = work / "trained" / name
     shutil.rmtree(draft, ignore_errors=True)
     trained = train_adapter(

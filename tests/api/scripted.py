@@ -5,12 +5,13 @@ does not show on demand. Everything that an answer's content depends on is teste
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from vlm_serve.clinical.image import ImageReceipt, WindowReceipt
+from vlm_serve.config import DecodeLimits
 from vlm_serve.errors import ModelNotFoundError, RequestFailedError
 from vlm_serve.families.prompt import ToolFormat
 from vlm_serve.serving.async_llm import Embedding
@@ -18,8 +19,8 @@ from vlm_serve.serving.run import TokenDelta, Usage
 from vlm_serve.serving.served_model import ServedModel
 from vlm_serve.types import ChatInput, EngineStats, FinishReason, SamplingParams, StepOutput, TokenLogprobs
 
-BASE = ServedModel("base", "base", None, "b" * 64, 512, 16, "The projector is untrained.", 1)
-ADAPTER = ServedModel("thorax", "base", "base", "a" * 64, 512, 16, "The projector is untrained.", 1)
+BASE = ServedModel("base", "base", None, "b" * 64, 512, 16, 16, "float32", "The projector is untrained.", 1)
+ADAPTER = replace(BASE, id="thorax", parent="base", digest="a" * 64)
 
 HERMES = ToolFormat("<tool_call>\n", "\n</tool_call>", "arguments")
 
@@ -132,6 +133,7 @@ class ScriptedLLM:
     def __init__(self) -> None:
         self.models = (BASE, ADAPTER)
         self.adapter_slots = 4
+        self.decode_limits = DecodeLimits()
         self.max_answers = 256
         self.engine_restarts = 0
         self.steps: list[Callable[[StepOutput], None]] = []

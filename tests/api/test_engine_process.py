@@ -262,8 +262,7 @@ async def test_the_figures_are_told_while_the_engine_is_busy(server: Server, mon
     with server.orders.held("step"):
         client = server.ask(HOLD_IN_STEP, stream=False, max_tokens=4)
         await eventually(lambda: server.steps(HOLD_IN_STEP) == 1)
-        async with asyncio.timeout(60):
-            assert "num_requests_running" in await server.metrics()
+        assert "num_requests_running" in await server.metrics()
     assert (await client).status_code == 200
 
 

@@ -1,16 +1,39 @@
-"""What a request says in texts becomes token ids, and a prompt is cut without losing an image."""
+"""What a request says in texts becomes token ids, a prompt is cut without losing an image, and a picture that the
+model's processor does not take is an error of its part.
+"""
 
+import io
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from tests.checkpoints import make_llava
 from tests.engine.harness import picture
 from vlm_serve.config import IngestConfig
-from vlm_serve.errors import InvalidRequestError
+from vlm_serve.errors import (
+    CheckpointError,
+    ConfigurationError,
+    ImageLimitError,
+    InvalidRequestError,
+    UnsupportedImageError,
+)
 from vlm_serve.families import load_family
 from vlm_serve.families.prompt import Prompt
 from vlm_serve.serving.ingest import Ingest, PreparedPrompt, bad_word_ids, truncated
-from vlm_serve.types import ChatInput, ChatMessage, ImagePart, SamplingParams, StructuredOutputs, TextPart
+from vlm_serve.types import (
+    ChatInput,
+    ChatMessage,
+    ImageInputs,
+    ImagePart,
+    SamplingParams,
+    StructuredOutputs,
+    TextPart,
+    image_digest,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +62,8 @@ def test_a_cut_prompt_keeps_its_last_tokens_and_its_image_its_place(prompt):
         assert kept.token_ids == prompt.token_ids[cut:]
         assert kept.images[0].offset == span.offset - cut
         assert kept.images[0].inputs is span.inputs
+        assert kept.both_ways_prefix == 0
+        assert truncated(replace(prompt, both_ways_prefix=40), len(prompt.token_ids) - cut).both_ways_prefix == 40 - cut
 
 
 def test_a_cut_that_would_lose_an_image_or_a_part_of_one_is_refused(prompt):
@@ -69,7 +94,13 @@ def test_a_request_carries_what_the_parameters_say(ingest, family, prompt):
         bad_words=["mass"], structured_outputs=StructuredOutputs(choice=["yes", "no"]), truncate_prompt_tokens=42
     )
     request = ingest.request(
-        PreparedPrompt(prompt), sampling, request_id="r", adapter="d", cache_salt="s", tenant="t", priority=-1
+        PreparedPrompt(replace(prompt, both_ways_prefix=50)),
+        sampling,
+        request_id="r",
+        adapter="d",
+        cache_salt="s",
+        tenant="t",
+        priority=-1,
     )
     assert request.token_ids == prompt.token_ids[-42:]
     assert len(request.images) == 1
@@ -78,6 +109,7 @@ def test_a_request_carries_what_the_parameters_say(ingest, family, prompt):
     assert request.eos_token_ids == family.eos_token_ids
     assert (request.adapter, request.cache_salt, request.tenant, request.priority) == ("d", "s", "t", -1)
     assert not request.pooling
+    assert request.both_ways_prefix == 50 - (len(prompt.token_ids) - 42)
 
 
 def test_a_bad_schema_is_refused(ingest, prompt):
@@ -108,3 +140,89 @@ def test_token_ids_become_their_text_with_special_tokens(ingest, family):
     assert ingest.decode_text(ids) == "<s>No effusion."
     with pytest.raises(InvalidRequestError):
         ingest.decode_text([-1])
+
+
+def chat_about(rows: int, columns: int) -> ChatInput:
+    """A text, then a PNG of that size."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((rows, columns, 3), 7, np.uint8)).save(buffer, format="PNG")
+    return ChatInput((ChatMessage("user", (TextPart("Look."), ImagePart(buffer.getvalue(), "image/png"))),))
+
+
+FAULTS = (ValueError, RuntimeError, ZeroDivisionError, KeyError, AttributeError, CheckpointError)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_picture_that_the_processor_does_not_take_is_an_error_of_its_part(ingest, family, monkeypatch, caplog, fault):
+    def refuse(image):
+        raise fault("what the file holds of the patient")
+
+    monkeypatch.setattr(family, "process_image", refuse)
+    with pytest.raises(UnsupportedImageError, match=r"does not take a picture of 50 by 40 pixels\. Crop it") as raised:
+        ingest.prepare(chat_about(40, 50))
+    assert raised.value.param == "messages[0].content[1]"
+    assert fault.__name__ in caplog.text
+    assert "patient" not in caplog.text + str(raised.value)
+
+
+@pytest.mark.parametrize("fault", [MemoryError, torch.OutOfMemoryError])
+def test_a_machine_without_memory_is_no_fault_of_the_picture(ingest, family, monkeypatch, fault):
+    def refuse(image):
+        raise fault
+
+    monkeypatch.setattr(family, "process_image", refuse)
+    with pytest.raises(fault):
+        ingest.prepare(chat_about(40, 50))
+
+
+def test_a_strip_is_refused_before_it_is_blown_up(ingest):
+    """By a processor that scales the shorter side up to the tower's, it would take gigabytes."""
+    ingest.prepare(chat_about(1, 200))
+    with pytest.raises(ImageLimitError, match=r"1 by 201 pixels.*200 times the shorter\. Crop it") as raised:
+        ingest.prepare(chat_about(201, 1))
+    assert raised.value.param == "messages[0].content[1]"
+
+
+@pytest.mark.parametrize("count", [0, 17])
+def test_a_count_of_tokens_that_no_image_has_is_refused(ingest, family, monkeypatch, count):
+    inputs = ImageInputs.create({"pixel_values": np.zeros((3, 28, 28), np.float32)}, (4, 4), count)
+    monkeypatch.setattr(family, "process_image", lambda image: (inputs,))
+    with pytest.raises(InvalidRequestError, match=f"counts {count} tokens.*has up to 16 for an image") as raised:
+        ingest.prepare(chat_about(40, 50))
+    assert raised.value.param == "messages[0].content[1]"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": {"height": 42, "width": 42}},
+        {"size": []},
+        {"image_mean": []},
+        {"image_std": [0, "x"]},
+        {"resample": -1},
+        {"rescale_factor": "x"},
+        {"image_processor_type": 5},
+    ],
+)
+def test_a_processor_that_does_not_suit_the_tower_keeps_the_server_from_starting(tmp_path, change):
+    make_llava(tmp_path, "siglip")
+    path = tmp_path / "processor_config.json"
+    processor = json.loads(path.read_text())
+    processor["image_processor"] |= change
+    path.write_text(json.dumps(processor))
+    with pytest.raises(CheckpointError, match="image processor"):
+        Ingest(load_family(tmp_path), IngestConfig(workers=1))
+
+
+def test_an_image_in_tiles_has_one_digest_which_follows_each_of_them():
+    one, two = (ImageInputs.create({"pixel_values": np.full(3, value)}, (1,), 1) for value in (1, 2))
+    assert image_digest(("<img>", one)) == one.digest
+    tiled = [image_digest(pieces) for pieces in ((one, two), (two, one), (one, one))]
+    assert len({*tiled, one.digest, two.digest}) == 5
+    assert {len(digest) for digest in tiled} == {64}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_pixels_cannot_be_processed_on_a_gpu_that_is_not_there(family):
+    with pytest.raises(ConfigurationError, match=r"torch sees 0 GPUs.*Use cpu"):
+        Ingest(family, IngestConfig(workers=1, image_processor_device="cuda"))

@@ -7,6 +7,8 @@ import torch
 
 from tests.checkpoints import make_tokenizer
 from vlm_serve import LLM, SamplingParams
+from vlm_serve.families.prompt import Prompt
+from vlm_serve.serving.ingest import PreparedPrompt
 from vlm_serve.serving.outputs import Answers
 from vlm_serve.serving.token_bytes import TokenBytes
 from vlm_serve.types import FinishReason, Request, StructuredOutputs, TokenLogprobs, TokenOutput
@@ -150,7 +152,8 @@ def test_bad_words_and_choices_are_those_of_the_server(llm):
 
 def test_the_token_that_is_there_is_named_once_and_keeps_its_rank():
     request = Request("a", (1, 2), SamplingParams(logprobs=2, max_tokens=4))
-    answers = Answers(request, None, (), TokenBytes(make_tokenizer().backend_tokenizer))
+    prepared = PreparedPrompt(Prompt(request.token_ids))
+    answers = Answers(request, None, prepared, TokenBytes(make_tokenizer().backend_tokenizer))
     among = TokenLogprobs((51, 50, 51), (-2.0, -0.1, -2.0), 2)
     beyond = TokenLogprobs((60, 50, 51), (-9.0, -0.1, -2.0), 17)
     answers.add(TokenOutput("a", (51, 60), FinishReason.LENGTH, logprobs=(among, beyond)), pytest.fail)
@@ -162,7 +165,7 @@ def test_the_token_that_is_there_is_named_once_and_keeps_its_rank():
 def test_outputs_that_come_after_a_stop_string_change_nothing():
     tokenizer = make_tokenizer()
     request = Request("a", (1, 2), SamplingParams(stop="radio", max_tokens=40, n=2))
-    answers = Answers(request, None, (), TokenBytes(tokenizer.backend_tokenizer))
+    answers = Answers(request, None, PreparedPrompt(Prompt(request.token_ids)), TokenBytes(tokenizer.backend_tokenizer))
     ids = tokenizer("The chest radiograph shows", add_special_tokens=False).input_ids
     aborted = []
     for token in itertools.chain(ids, ids):

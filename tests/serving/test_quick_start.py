@@ -129,7 +129,7 @@ def test_settings_of_vllms_that_change_nothing_here_are_taken(tmp_path):
         "enable_prefix_caching": None,
     }
     with LLM(str(tmp_path), dtype="float32", device="cpu", max_model_len=256, **without_effect) as llm:
-        assert llm.engine.scheduler.config == EngineConfig(max_model_len=256)
+        assert llm.engine.scheduler.config == EngineConfig(max_model_len=256, enforce_eager=True)
         assert llm.generate(PROMPTS[0], SamplingParams(max_tokens=1))[0].finished
 
 

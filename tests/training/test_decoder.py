@@ -121,3 +121,12 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: str) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         load_decoder(load_family(tmp_path))
+
+
+def test_a_checkpoint_whose_config_is_not_transformers_is_refused(tmp_path: Path) -> None:
+    """Such as LLaVA's own: what is not in a `text_config` would be guessed."""
+    make_timm_vlm(tmp_path)
+    family = load_family(tmp_path)
+    family.config = {name: value for name, value in family.config.items() if name != "text_config"}
+    with pytest.raises(CheckpointError, match="text_config"):
+        load_decoder(family)

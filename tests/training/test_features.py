@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.checkpoints import make_llava, make_timm_vlm
 from tests.clinical.dicom_files import LIMITS
+from tests.families.pictures import whole
 from tests.training.made_studies import write_studies
 from vlm_serve.clinical.decode import decode
 from vlm_serve.errors import CorruptImageError, UnsupportedImageError
@@ -56,9 +57,7 @@ def test_features_and_projector_are_those_of_the_served_model(
     assert (features.shape[:2], features.dtype) == ((1, len(studies) + 2), np.float16)
     model = family.build(torch.float32, CPU)
     inputs = [
-        family.process_image(decode(path.read_bytes(), "", LIMITS))
-        for study in (*studies, pair)
-        for path in study.images
+        whole(family, decode(path.read_bytes(), "", LIMITS)) for study in (*studies, pair) for path in study.images
     ]
     _, projector = load_vision(family, torch.float32, CPU)
     found = projector(torch.from_numpy(features[0].astype(np.float32)))

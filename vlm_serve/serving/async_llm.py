@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from vlm_serve.config import Settings
+from vlm_serve.config import DecodeLimits, Settings
 from vlm_serve.errors import AdapterError, ModelNotFoundError, OverloadedError
 from vlm_serve.families import load_family, resolve_model
 from vlm_serve.families.base import ModelFamily
@@ -110,7 +110,7 @@ class AsyncLLM:
         except BaseException:
             await asyncio.to_thread(ingest.close)
             raise
-        models = tuple(served_models(name, folder, family, store, engine.max_model_len))
+        models = tuple(served_models(name, family, store, engine.ready.max_model_len, engine.ready.dtype))
         limit = settings.engine.max_num_seqs + settings.server.max_waiting_requests
         return cls(engine, ingest, family, models, limit, settings.engine.max_adapters)
 
@@ -123,6 +123,11 @@ class AsyncLLM:
     def is_ready(self) -> bool:
         """Whether the engine process is there and loaded: a request would go to it at once."""
         return self._engine.is_ready
+
+    @property
+    def decode_limits(self) -> DecodeLimits:
+        """What decoding one file may cost."""
+        return self._ingest.limits
 
     @property
     def tool_format(self) -> ToolFormat | None:
@@ -268,7 +273,7 @@ class AsyncLLM:
         priority: int,
     ) -> Run:
         request, prepared, outputs = await self._submit(prepare, served, sampling, request_id, tenant, priority)
-        return Run(request, served, prepared.receipts, outputs, self._token_bytes)
+        return Run(request, served, prepared, outputs, self._token_bytes)
 
     async def _submit(
         self,

@@ -32,7 +32,7 @@ class EngineClient:
         self._on_message = on_message
         self._on_phase = on_phase
         self._loop = asyncio.get_running_loop()
-        self._ready: asyncio.Future[int] = self._loop.create_future()
+        self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self._pings: dict[int, asyncio.Future[EngineStats]] = {}
         self._ping_numbers = itertools.count()
         self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
@@ -56,8 +56,8 @@ class EngineClient:
     @classmethod
     async def start(
         cls, start: Start, on_message: Callable[[FromEngine], None], on_phase: OnPhase
-    ) -> tuple["EngineClient", int]:
-        """Starts the process and waits until it can serve; returns the client and the longest context.
+    ) -> tuple["EngineClient", Ready]:
+        """Starts the process and waits until it can serve; returns the client and what the process then says of itself.
 
         Args:
             on_message: told all that the process says, in order, on the event loop.
@@ -146,8 +146,8 @@ class EngineClient:
             case Pong(number, stats):
                 if (ping := self._pings.get(number)) and not ping.done():
                     ping.set_result(stats)
-            case Ready(max_model_len) if not self._ready.done():
-                self._ready.set_result(max_model_len)
+            case Ready() if not self._ready.done():
+                self._ready.set_result(message)
             case StartFailed(text) if not self._ready.done():
                 self._ready.set_exception(ConfigurationError(text))
         self._on_message(message)

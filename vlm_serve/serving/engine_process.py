@@ -81,7 +81,7 @@ def serve(channel: Channel) -> None:
     except ConfigurationError as error:
         say(StartFailed(str(error)))
         return
-    say(Ready(engine.max_model_len))
+    say(Ready(engine.max_model_len, engine.dtype))
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
     announcer = _Announcer(say)

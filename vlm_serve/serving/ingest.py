@@ -3,23 +3,30 @@ what the sampling parameters say in texts put into token ids. Serves `AsyncLLM` 
 """
 
 import asyncio
+import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer
 
-from vlm_serve.clinical.image import ImageReceipt
+from vlm_serve.clinical.image import ClinicalImage, ImageReceipt
 from vlm_serve.config import IngestConfig
-from vlm_serve.errors import ImageError, InvalidRequestError
+from vlm_serve.engine.engine import choose_device
+from vlm_serve.errors import CheckpointError, InputError, InvalidRequestError, UnsupportedImageError
 from vlm_serve.families.base import ModelFamily, Prompt
 from vlm_serve.serving.decode_pool import DecodePool
 from vlm_serve.serving.grammar_pool import GrammarPool
 from vlm_serve.serving.grammar_worker import Vocabulary
-from vlm_serve.types import ChatInput, ImageInputs, ImagePart, Request, SamplingParams
+from vlm_serve.types import ChatInput, ImageInputs, ImagePart, ImagePieces, Request, SamplingParams, image_digest
+
+logger = logging.getLogger(__name__)
 
 GRAMMAR_THREADS = 4
 """They wait for the one process that compiles."""
@@ -30,26 +37,47 @@ OnImage = Callable[[float, float], None]
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
-    """A prompt for the engine, and the receipts of its images in order. `continues` says that an answer goes on with
-    its text; else it is a new message.
+    """A prompt for the engine, and the receipts and digests of its images in order. `continues` says that an answer
+    goes on with its text; else it is a new message.
     """
 
     prompt: Prompt
     receipts: tuple[ImageReceipt, ...] = ()
+    image_digests: tuple[str, ...] = ()
     continues: bool = False
+
+
+_FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What transformers' processors raise where a picture, or their own settings, are not what they expect."""
 
 
 class Ingest:
     """Prepares requests for one model, for one event loop or for any thread.
 
+    Raises:
+        CheckpointError: the checkpoint's image processor does not suit its tower.
+        ConfigurationError: it cannot run on the device.
+
     Raises, from each `prepare`:
-        ImageError: a file cannot be used; `param` says which.
-        InvalidRequestError: the conversation does not fit the model's template.
+        ImageError: a file, or its picture, cannot be used; `param` says which.
+        InvalidRequestError: the model takes no images, or the conversation does not fit its template.
     """
 
     def __init__(self, family: ModelFamily, config: IngestConfig) -> None:
+        device = choose_device(config.image_processor_device)
+        if family.image_token_id is not None:
+            if device.type != "cpu":
+                family.process_pixels_on(device)
+            try:
+                family.process_image(_TRIAL)  # what is wrong is told at the start, not to whoever sends an image
+            except _FAULTS as error:
+                raise CheckpointError(
+                    f"The image processor of {family.folder} takes no picture ({type(error).__name__}). Take "
+                    "preprocessor_config.json and processor_config.json from the same checkpoint as the weights."
+                ) from None
         self._family = family
         self._workers = config.workers
+        self.limits = config.limits
         self._pool = DecodePool(config)
         self._grammars = GrammarPool(self._vocabulary)
         self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
@@ -72,7 +100,7 @@ class Ingest:
         loop = asyncio.get_running_loop()
         own_share = asyncio.Semaphore(self._workers)
 
-        async def process(image: tuple[str, ImagePart]) -> tuple[ImageInputs, ImageReceipt]:
+        async def process(image: tuple[str, ImagePart]) -> tuple[ImagePieces, ImageReceipt]:
             async with own_share:
                 return await loop.run_in_executor(self._threads, self._process, image)
 
@@ -102,7 +130,7 @@ class Ingest:
                 "a chat.",
                 param="prompt",
             )
-        return PreparedPrompt(Prompt(tuple(prompt)), continues=True)
+        return PreparedPrompt(self._family.encode_ids(prompt), continues=True)
 
     def request(
         self,
@@ -131,6 +159,7 @@ class Ingest:
             token_ids=prompt.token_ids,
             sampling=sampling,
             images=prompt.images,
+            both_ways_prefix=prompt.both_ways_prefix,
             adapter=adapter,
             cache_salt=cache_salt,
             tenant=tenant,
@@ -174,24 +203,58 @@ class Ingest:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < size:
             raise InvalidRequestError(f"{param} must hold token ids from 0 to {size - 1}.", param=param)
 
-    def _process(self, image: tuple[str, ImagePart]) -> tuple[ImageInputs, ImageReceipt]:
+    def _process(self, image: tuple[str, ImagePart]) -> tuple[ImagePieces, ImageReceipt]:
         place, part = image
         began = time.perf_counter()
         try:
             decoded = self._pool.decode(part)
-        except ImageError as error:
+            has_pixels = time.perf_counter()
+            pieces = pieces_of(self._family, decoded)
+        except InputError as error:
             error.param = place
             raise
-        has_pixels = time.perf_counter()
-        inputs = self._family.process_image(decoded)
         for told in self._on_image:
             told(has_pixels - began, time.perf_counter() - has_pixels)
-        return inputs, decoded.receipt
+        return pieces, decoded.receipt
 
-    def _render(self, chat: ChatInput, images: list[tuple[ImageInputs, ImageReceipt]]) -> PreparedPrompt:
-        prompt = self._family.render_chat(chat, [inputs for inputs, _ in images])
+    def _render(self, chat: ChatInput, images: list[tuple[ImagePieces, ImageReceipt]]) -> PreparedPrompt:
+        prompt = self._family.render_chat(chat, [pieces for pieces, _ in images])
         receipts = tuple(receipt for _, receipt in images)
-        return PreparedPrompt(prompt, receipts, continues=chat.continue_final_message)
+        digests = tuple(image_digest(pieces) for pieces, _ in images)
+        return PreparedPrompt(prompt, receipts, digests, continues=chat.continue_final_message)
+
+
+_TRIAL = ClinicalImage(np.zeros((64, 64, 3), np.uint8), ImageReceipt("image/png", "", "", 64, 64, "none"))
+"""A black square."""
+
+
+def pieces_of(family: ModelFamily, image: ClinicalImage) -> ImagePieces:
+    """What the family makes of an image, its placeholders counted: the engine has room for so many and no more.
+
+    Raises:
+        InvalidRequestError: the model takes no images, or no image takes so many tokens in it.
+        ImageError: the model's processor does not take the picture.
+    """
+    rows, columns = image.pixels.shape[:2]
+    picture = f"a picture of {columns} by {rows} pixels"
+    try:
+        pieces = family.process_image(image)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # no fault of the picture's
+    except (CheckpointError, *_FAULTS) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        # No text of the exception, and not the exception: it may echo what was sent, or name folders of the server.
+        logger.error("An image is not processed: %s at %s:%d", type(error).__name__, place.name, place.lineno)
+        raise UnsupportedImageError(
+            f"The model's image processor does not take {picture}. Crop it, or send it in another size."
+        ) from None
+    count = sum(piece.num_tokens for piece in pieces if isinstance(piece, ImageInputs))
+    if not 0 < count <= family.max_tokens_per_image:
+        raise InvalidRequestError(
+            f"The model's image processor counts {count} tokens for {picture}; the model has up to "
+            f"{family.max_tokens_per_image} for an image. Crop it, or send it in another size."
+        )
+    return pieces
 
 
 def truncated(prompt: Prompt, kept: int | None) -> Prompt:
@@ -211,7 +274,11 @@ def truncated(prompt: Prompt, kept: int | None) -> Prompt:
             "fewer images.",
             param="truncate_prompt_tokens",
         )
-    return Prompt(prompt.token_ids[cut:], tuple(replace(span, offset=span.offset - cut) for span in prompt.images))
+    return Prompt(
+        prompt.token_ids[cut:],
+        tuple(replace(span, offset=span.offset - cut) for span in prompt.images),
+        max(0, prompt.both_ways_prefix - cut),
+    )
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -133,7 +133,8 @@ class LLM:
     @cached_property
     def models(self) -> tuple[ServedModel, ...]:
         """The base model and its adapters, as the server lists them. The first time, it reads the whole checkpoint."""
-        return tuple(served_models(self._name, self._folder, self._family, self._adapters, self.engine.max_model_len))
+        engine = self.engine
+        return tuple(served_models(self._name, self._family, self._adapters, engine.max_model_len, engine.dtype))
 
     @property
     def tool_format(self) -> ToolFormat | None:
@@ -344,7 +345,7 @@ class LLM:
         if job.sampling is None:
             return Running(request, Pooled(request))
         text = job.input if isinstance(job.input, str) else None
-        return Running(request, Answers(request, text, prepared.receipts, self.token_bytes))
+        return Running(request, Answers(request, text, prepared, self.token_bytes))
 
     def _prepare_safely(self, job: Job) -> Running:
         """As `_prepare`; a fault in it ends this job alone, and its text, which may echo a prompt, is not shown."""

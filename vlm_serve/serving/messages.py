@@ -49,7 +49,12 @@ class Phase(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine can serve. What was chosen for settings left open: the longest context, and the `dtype` of weights and
+    KV cache, as `float32`.
+    """
+
     max_model_len: int
+    dtype: str
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):

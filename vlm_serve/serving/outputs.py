@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlm_serve.clinical.image import ImageReceipt
+from vlm_serve.serving.ingest import PreparedPrompt
 from vlm_serve.serving.run import Deltas
 from vlm_serve.serving.token_bytes import TokenBytes
 from vlm_serve.types import FinishReason, Request, TokenLogprobs, TokenOutput
@@ -102,18 +103,16 @@ class Answer:
 class Answers:
     """The `n` answers to a request while they are made, and once they are.
 
-    `prompt` is the prompt's text where it was one, `receipts` those of its images.
+    `prompt` is the prompt's text where it was one.
     """
 
-    def __init__(
-        self, request: Request, prompt: str | None, receipts: tuple[ImageReceipt, ...], token_bytes: TokenBytes
-    ) -> None:
+    def __init__(self, request: Request, prompt: str | None, prepared: PreparedPrompt, token_bytes: TokenBytes) -> None:
         self.request_id = request.request_id
         self.sampling = request.sampling
         self.prompt = prompt
         self.prompt_token_ids = request.token_ids
-        self.receipts = receipts
-        self.image_digests = tuple(span.inputs.digest for span in request.images)
+        self.receipts = prepared.receipts
+        self.image_digests = prepared.image_digests
         self.answers = [Answer() for _ in range(self.sampling.n)]
         self._deltas = Deltas(request, token_bytes)
         self._token_bytes = token_bytes

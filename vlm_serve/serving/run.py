@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vlm_serve.clinical.image import ImageReceipt
 from vlm_serve.serving.detokenizer import Detokenizer
+from vlm_serve.serving.ingest import PreparedPrompt
 from vlm_serve.serving.served_model import ServedModel
 from vlm_serve.serving.submission import OutputStream
 from vlm_serve.serving.token_bytes import TokenBytes
@@ -115,14 +115,14 @@ class Run:
         self,
         request: Request,
         model: ServedModel,
-        receipts: tuple[ImageReceipt, ...],
+        prepared: PreparedPrompt,
         outputs: OutputStream,
         token_bytes: TokenBytes,
     ) -> None:
         self.request_id = request.request_id
         self.model = model
-        self.receipts = receipts
-        self.image_digests = tuple(span.inputs.digest for span in request.images)
+        self.receipts = prepared.receipts
+        self.image_digests = prepared.image_digests
         self.prompt_token_ids = request.token_ids
         self._outputs = outputs
         self._token_bytes = token_bytes

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from vlm_serve.families.base import ModelFamily
 from vlm_serve.lora.store import AdapterStore
@@ -13,7 +12,8 @@ from vlm_serve.lora.store import AdapterStore
 class ServedModel:
     """What `model` may name: the base model, or an adapter on it (`parent` is then the base).
 
-    `notice` is what every answer about an image must say of the model itself.
+    `notice` is what every answer about an image must say of the model itself. A model of text alone has 0
+    `max_tokens_per_image`. `dtype` is that of weights and KV cache.
     """
 
     id: str
@@ -21,13 +21,15 @@ class ServedModel:
     parent: str | None
     digest: str
     max_model_len: int
+    min_tokens_per_image: int
     max_tokens_per_image: int
+    dtype: str
     notice: str | None
     created: int
 
 
 def served_models(
-    name: str, folder: Path, family: ModelFamily, store: AdapterStore, max_model_len: int
+    name: str, family: ModelFamily, store: AdapterStore, max_model_len: int, dtype: str
 ) -> Iterator[ServedModel]:
     now = int(time.time())
     base = ServedModel(
@@ -36,7 +38,9 @@ def served_models(
         parent=None,
         digest=family.model_digest,
         max_model_len=max_model_len,
+        min_tokens_per_image=family.min_tokens_per_image,
         max_tokens_per_image=family.max_tokens_per_image,
+        dtype=dtype,
         notice=family.notice,
         created=now,
     )

@@ -23,7 +23,19 @@ from vlm_serve.errors import (
     VlmServeError,
 )
 from vlm_serve.serving.client import EngineClient, OnPhase
-from vlm_serve.serving.messages import Abort, Add, Admitted, FromEngine, Phase, Pong, Refused, Start, Step, Stepping
+from vlm_serve.serving.messages import (
+    Abort,
+    Add,
+    Admitted,
+    FromEngine,
+    Phase,
+    Pong,
+    Ready,
+    Refused,
+    Start,
+    Step,
+    Stepping,
+)
 from vlm_serve.serving.submission import OutputStream, Submission
 from vlm_serve.types import EngineStats, FinishReason, Request, StepOutput, TokenOutput
 
@@ -93,6 +105,8 @@ class Supervisor:
     """
 
     _keeper: asyncio.Task[None]
+    ready: Ready
+    """What the first process said of itself; each further one is started with the same settings."""
 
     def __init__(self, start: Start, policy: RestartPolicy) -> None:
         self._start = start
@@ -108,7 +122,6 @@ class Supervisor:
         self._adapter_loads: list[float] = []
         self._end: str | None = None
         """Why no request is taken any more."""
-        self.max_model_len = 0
         self.restarts = 0
         self.stats = EngineStats()
 
@@ -120,7 +133,7 @@ class Supervisor:
             ConfigurationError: the engine refuses its settings, or died while it loaded.
         """
         supervisor = cls(start, policy or RestartPolicy())
-        client, supervisor.max_model_len = await EngineClient.start(start, supervisor._take, on_phase)
+        client, supervisor.ready = await EngineClient.start(start, supervisor._take, on_phase)
         supervisor._client = client
         supervisor._keeper = asyncio.create_task(supervisor._keep_alive(client))
         return supervisor

@@ -26,7 +26,6 @@ WITHOUT_EFFECT = frozenset(
         "compilation_config",
         "disable_custom_all_reduce",
         "disable_log_stats",
-        "enforce_eager",
         "max_cpu_loras",
         "max_seq_len_to_capture",
         "runner",

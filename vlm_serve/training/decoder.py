@@ -16,7 +16,8 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from vlm_serve.errors import CheckpointError
 from vlm_serve.families.base import ModelFamily, uninitialized
-from vlm_serve.layers.loading import read_tensors
+from vlm_serve.layers.loading import read_weights
+from vlm_serve.layers.quantization import RoundingError
 from vlm_serve.lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from vlm_serve.training.fused import CAUSAL_MATMUL, FusedLoraLinear
 
@@ -33,12 +34,19 @@ def load_decoder(
     """The decoder of a checkpoint folder, frozen and in eval mode; the tower and the projector stay on disk.
 
     Raises:
-        CheckpointError: weights are missing or of another shape.
+        CheckpointError: it is of another architecture, or weights are missing or of another shape.
     """
     device = device or torch.device("cpu")
-    text = dict(family.config.get("text_config") or {})
+    text = family.config.get("text_config")
+    if not isinstance(text, dict):
+        raise CheckpointError(
+            f"Training takes checkpoints whose config.json has a text_config; {family.folder} has none. Save it in "
+            "transformers' form."
+        )
+    text = dict(text)
     config = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
-    assert isinstance(config, LlamaConfig), "the one architecture that `DecoderConfig` knows"
+    if not isinstance(config, LlamaConfig):
+        raise CheckpointError(f"Training takes decoders of type 'llama' alone; {family.folder} has another.")
     config.tie_word_embeddings = family.decoder_config.tie_word_embeddings
     # On a CPU transformers' attention costs a third of a step; see `fused.py`.
     config._attn_implementation = CAUSAL_MATMUL if device.type == "cpu" else "sdpa"
@@ -52,7 +60,7 @@ def load_decoder(
 def _fill(decoder: LlamaForCausalLM, family: ModelFamily) -> None:
     targets = dict(decoder.named_parameters())  # a tied head is not among them
     missing = set(targets)
-    for name, tensor in read_tensors(family.folder):
+    for name, tensor in read_weights(family.folder, family.quantization, RoundingError()):
         canonical = family.rename(name) or ""
         if not canonical.startswith("decoder."):
             continue

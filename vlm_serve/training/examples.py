@@ -58,7 +58,7 @@ def make_examples(family: ModelFamily, studies: Sequence[Study], tokens_per_imag
     for study in studies:
         count = len(study.images)
         chat = study_chat(study, [ImagePart(b"", "")] * count)
-        rendered = family.render_chat(chat, [inputs] * count)
+        rendered = family.render_chat(chat, [(inputs,)] * count)
         prompt = rendered.token_ids
         answer = tokenizer.encode(study.report, add_special_tokens=False).ids
         total = len(prompt) + len(answer) + 1

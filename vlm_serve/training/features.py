@@ -16,7 +16,7 @@ from torch import nn
 from vlm_serve.clinical.decode import decode
 from vlm_serve.config import DecodeLimits
 from vlm_serve.digests import file_digest
-from vlm_serve.errors import ImageError, InvalidRequestError
+from vlm_serve.errors import CheckpointError, ImageError, InvalidRequestError
 from vlm_serve.families.base import ModelFamily, uninitialized
 from vlm_serve.layers.loading import load_checkpoint
 from vlm_serve.training.batches import FeatureArray
@@ -32,7 +32,7 @@ def load_vision(family: ModelFamily, dtype: torch.dtype, device: torch.device) -
     """Tower and projector of a checkpoint folder, frozen and in eval mode; the decoder stays on disk.
 
     Raises:
-        CheckpointError: the weights do not fit the config.
+        CheckpointError: the model takes no images, or the weights do not fit the config.
     """
 
     def rename(name: str) -> str | None:
@@ -40,8 +40,11 @@ def load_vision(family: ModelFamily, dtype: torch.dtype, device: torch.device) -
         return None if canonical is None or canonical.startswith("decoder.") else canonical
 
     with uninitialized(dtype, device):
-        parts = nn.ModuleDict({"vision": family.build_vision(), "projector": family.build_projector()})
-    load_checkpoint(family.folder, parts, rename)
+        vision, projector = family.build_vision(), family.build_projector()
+    if vision is None or projector is None:
+        raise CheckpointError(f"The model in {family.folder} takes no images. Train on one that does.")
+    parts = nn.ModuleDict({"vision": vision, "projector": projector})
+    load_checkpoint(family.folder, parts, rename, quantization=family.quantization)
     parts.requires_grad_(False).eval()
     return parts["vision"], parts["projector"]
 
@@ -119,4 +122,10 @@ def _pixels(family: ModelFamily, study: Study, number: int, path: Path, limits: 
         raise InvalidRequestError(f"{place}: the file cannot be read ({error.strerror}).") from None
     except ImageError as error:
         raise type(error)(f"{place}: {error} Mend the file or leave the study out.") from None
-    return family.process_image(image).tensors["pixel_values"]
+    pieces = family.process_image(image)
+    inputs = pieces[0]
+    if len(pieces) != 1 or isinstance(inputs, str):
+        raise CheckpointError(
+            f"The model in {family.folder} shows an image in several pieces. Training is for those that take it whole."
+        )
+    return inputs.tensors["pixel_values"]
