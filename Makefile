@@ -1,10 +1,11 @@
 # Everything a newcomer needs, one word each. `make setup` runs by itself before the others.
 #
 #   make demo        the embedded model and its adapter report three studies
-#   make test        the tests (minutes); make test-all adds the exhaustive tier
+#   make test        the tests (minutes; WORKERS=2 processes); make test-all adds the exhaustive tier
 #   make lint        formatter, linter, strict types
 #   make serve       a server on port 8000; ARGS='--model PATH --port 9000'
 #   make train-demo  trains the embedded model anew and scores it (half an hour on two cores)
+#   make model-table the table of docs/models.md, from the tests of the model families
 #   make bench       load against a server of its own, results under benchmarks/results/
 #   make gpu-check   on a CUDA machine: kernels, parity and the benchmark
 #
@@ -17,13 +18,14 @@ VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
 RESULTS ?= benchmarks/results
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-all lint serve bench train-demo gpu-check clean
+.PHONY: setup demo test test-all lint serve model-table bench train-demo gpu-check clean
 
 setup: $(STAMP)
 
@@ -49,7 +51,7 @@ demo: setup
 	@$(PY) scripts/demo.py $(ARGS)
 
 test: setup
-	$(PY) -m pytest -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-all: setup
 	$(PY) -m pytest -m "not gpu" $(ARGS)
@@ -64,6 +66,10 @@ serve: setup
 
 train-demo: setup
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m scripts.train_demo $(ARGS)
+
+model-table: setup
+	$(PY) -m pytest tests/families -m "not slow and not gpu" -o junit_family=xunit1 --junitxml $(VENV)/families.xml $(ARGS)
+	$(PY) scripts/model_table.py $(VENV)/families.xml
 
 bench: setup
 	@mkdir -p $(RESULTS)
