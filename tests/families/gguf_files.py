@@ -195,7 +195,7 @@ def pieces(*, in_order: bool = False) -> tuple[list[str], list[int], list[float]
     trained = SentencePieceBPETokenizer()
     trained.train_from_iterator([WORDS], vocab_size=130, special_tokens=[], show_progress=False)
     rank = trained.get_vocab()
-    learned = sorted(rank, key=rank.__getitem__ if in_order else None)
+    learned = sorted(rank, key=rank.__getitem__, reverse=not in_order)
     tokens = [*SPECIAL_TOKENS, "   ", *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
     kinds = [2, *[3] * (len(SPECIAL_TOKENS) - 1), 4, *[6] * 256, *[1] * len(learned)]
     return tokens, kinds, [0.0] * (len(SPECIAL_TOKENS) + 257) + [-float(rank[piece]) for piece in learned]
