@@ -24,7 +24,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path, patterns: Iterable[str]) -> str:
-    """The sha256 over names and contents of the files directly in `folder` that match a glob pattern.
+    """The sha256 over names, as seen from `folder`, and contents of the files in it that match a glob pattern.
 
     A large file's own digest is remembered in the cache folder under its path, size and times, so that the
     weights of a model are read for it once.
@@ -37,7 +37,7 @@ def folder_digest(folder: Path, patterns: Iterable[str]) -> str:
         raise ConfigurationError(f"{folder} holds none of the files that make up a model or an adapter.")
     sha = hashlib.sha256()
     for path in files:
-        sha.update(f"{path.name}\0{_remembered_digest(path)}\n".encode())
+        sha.update(f"{path.relative_to(folder).as_posix()}\0{_remembered_digest(path)}\n".encode())
     return sha.hexdigest()
 
 

@@ -195,6 +195,18 @@ def test_a_tower_in_a_folder_of_its_own_is_read(
     assert load_family(folder).model_digest != digest
 
 
+def test_a_head_of_its_own_is_read_beside_a_tower_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = without_tower(tmp_path, monkeypatch, mm_vision_tower="someone/clip-of-the-house")
+    clip: Any = CLIPVisionModel(model.config.vision_config)
+    clip.save_pretrained(folder / "vision_tower")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    decoder = load_family(folder).build(torch.float32, CPU).decoder
+    torch.testing.assert_close(decoder.lm_head.weight, model.lm_head.weight.detach(), rtol=0, atol=0)
+
+
 def test_a_checkpoint_without_its_tower_says_what_to_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = without_tower(tmp_path, monkeypatch)
     told = r"no weights of its vision tower, 'tiny-clip', which .* fetches by that name.*into .*ours/vision_tower\."

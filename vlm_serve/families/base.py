@@ -280,16 +280,21 @@ class ModelFamily(ABC):
         """The identity of the checkpoint: sha256 over its files."""
         return folder_digest(self.folder, IDENTITY_FILES)
 
+    def untie_a_head_of_its_own(self) -> None:
+        """Looks whether the files have a head that differs from the embeddings it is said to be tied to. transformers
+        does not tie it, either: older configs do not say of all models that they are not.
+        """
+        head, embeddings = "decoder.lm_head.weight", "decoder.embed_tokens.weight"
+        if self.decoder_config.tie_word_embeddings and differ(self.folder, self.rename, head, embeddings):
+            self.decoder_config = replace(self.decoder_config, tie_word_embeddings=False)
+
     def build(self, dtype: torch.dtype, device: torch.device, tell: Tell = lambda what: None) -> VisionLanguageModel:
         """The model with its weights, for inference; `tell` as in `load_checkpoint`.
 
         Raises:
             CheckpointError: the weights do not fit the config.
         """
-        head, embeddings = "decoder.lm_head.weight", "decoder.embed_tokens.weight"
-        if self.decoder_config.tie_word_embeddings and differ(self.folder, self.rename, head, embeddings):
-            # So that transformers does not tie them, either: older configs do not say of all models that they are not.
-            self.decoder_config = replace(self.decoder_config, tie_word_embeddings=False)
+        self.untie_a_head_of_its_own()
         with uninitialized(dtype, device):
             model = self.assemble(self.build_vision(), self.build_projector(), Decoder(self.decoder_config))
         load_checkpoint(self.folder, model, self.rename, self.split, self.quantization, tell)

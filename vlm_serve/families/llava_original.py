@@ -249,6 +249,7 @@ class OriginalLlavaFamily(LlavaFamily):
         if not self._tower_folder.is_dir():
             self._check_weights()
             return super().build(dtype, device, tell)
+        self.untie_a_head_of_its_own()
         with uninitialized(dtype, device):
             vision, projector, decoder = self.build_vision(), self.build_projector(), Decoder(self.decoder_config)
         rest = nn.ModuleDict({"projector": projector, "decoder": decoder})
