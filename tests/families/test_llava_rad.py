@@ -118,7 +118,7 @@ def test_a_tower_without_a_layer_is_told_by_its_name(tmp_path: Path) -> None:
     ("vision", "told"),
     [
         ({"timm_model_name": "eva02_tiny_patch14_224", "image_size": 224}, "no plain vision transformer"),
-        ({"timm_model_name": "no_such", "image_size": 48}, "timm cannot make the tower 'no_such'"),
+        ({"timm_model_name": "no_such", "image_size": 48}, "timm has no model 'no_such'"),
         ({"timm_model_name": "test_vit3", "image_size": [48, 48]}, "image_size as one number"),
         ({"layers": 12, "image_size": 48}, "no timm_model_name"),
     ],
