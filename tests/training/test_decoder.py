@@ -130,3 +130,17 @@ def test_a_checkpoint_whose_config_is_not_transformers_is_refused(tmp_path: Path
     family.config = {name: value for name, value in family.config.items() if name != "text_config"}
     with pytest.raises(CheckpointError, match="text_config"):
         load_decoder(family)
+
+
+def test_a_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    """Whatever the config says; as where it is served."""
+    make_timm_vlm(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embeddings + 1}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    decoder = load_decoder(load_family(tmp_path))
+    assert torch.equal(decoder.lm_head.weight, embeddings.float() + 1)
+    assert torch.equal(decoder.model.embed_tokens.weight, embeddings.float())

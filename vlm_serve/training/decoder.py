@@ -47,6 +47,7 @@ def load_decoder(
     config = AutoConfig.for_model(text.pop("model_type", "llama"), **text)
     if not isinstance(config, LlamaConfig):
         raise CheckpointError(f"Training takes decoders of type 'llama' alone; {family.folder} has another.")
+    family.untie_a_head_of_its_own()
     config.tie_word_embeddings = family.decoder_config.tie_word_embeddings
     # On a CPU transformers' attention costs a third of a step; see `fused.py`.
     config._attn_implementation = CAUSAL_MATMUL if device.type == "cpu" else "sdpa"
