@@ -21,12 +21,10 @@ from vlm_serve.families import load_family
 from vlm_serve.families.plausible import ACTIVATIONS, MOST
 
 MAKERS: dict[str, Callable[[Path], object]] = {
-    "LLaVA, CLIP": make_llava,
-    "LLaVA, SigLIP": partial(make_llava, vision="siglip"),
+    "LLaVA": make_llava,
     "LLaVA-NeXT": make_llava_next,
     "Gemma3": make_gemma3,
     "PaliGemma 2": make_paligemma,
-    "Qwen2-VL": partial(make_qwen_vl, kind="qwen2_vl"),
     "Qwen2.5-VL": partial(make_qwen_vl, kind="qwen2_5_vl"),
     "Qwen3-VL": partial(make_qwen_vl, kind="qwen3_vl"),
     "SmolVLM": partial(make_idefics3, kind="smolvlm"),

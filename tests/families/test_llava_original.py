@@ -180,6 +180,24 @@ def test_what_is_not_served_is_refused_by_name(make: Any, changes: dict[str, str
         load_family(folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mm_vision_tower", ["a"]),
+        ("mm_vision_tower_config", 5),
+        *(("mm_vision_select_feature", value) for value in ([], {}, None)),
+        *(("mm_vision_select_layer", value) for value in ("x", None, 1.5, True, [], [-2, -3])),
+        ("mm_projector_type", {}),
+        ("rms_norm_eps", "x"),
+        ("tie_word_embeddings", None),
+    ],
+)
+def test_a_field_that_cannot_be_is_refused_by_its_name(make: Any, field: str, value: object) -> None:
+    folder, _ = make("llava", **{field: value})
+    with pytest.raises(CheckpointError, match=field):
+        load_family(folder)
+
+
 def test_a_checkpoint_that_names_no_tower_is_refused_with_the_field(make: Any) -> None:
     folder, _ = make("llava_mistral")
     config = json.loads((folder / "config.json").read_text())

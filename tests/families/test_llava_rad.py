@@ -120,13 +120,24 @@ def test_a_tower_without_a_layer_is_told_by_its_name(tmp_path: Path) -> None:
         ({"timm_model_name": "eva02_tiny_patch14_224", "image_size": 224}, "no plain vision transformer"),
         ({"timm_model_name": "no_such", "image_size": 48}, "timm has no model 'no_such'"),
         ({"timm_model_name": "test_vit3", "image_size": [48, 48]}, "image_size as one number"),
+        ({"timm_model_name": "test_vit3", "image_size": 10**7}, "image_size as one number from 1 to 131072"),
+        ({"timm_model_name": "test_vit3", "image_size": True}, "image_size as one number"),
+        ({"timm_model_name": "test_vit3", "image_size": 0}, "image_size as one number"),
         ({"layers": 12, "image_size": 48}, "no timm_model_name"),
+        ([1], "no timm_model_name"),
     ],
 )
-def test_a_tower_that_is_not_served_is_refused(tmp_path: Path, vision: dict[str, Any], told: str) -> None:
+def test_a_tower_that_is_not_served_is_refused(tmp_path: Path, vision: object, told: str) -> None:
     make_llava_rad(tmp_path)
     edit(tmp_path, "biomedclipcxr_518.json", vision_cfg=vision)
     with pytest.raises(CheckpointError, match=told):
+        load_family(tmp_path)
+
+
+def test_a_towers_config_that_is_none_is_refused(tmp_path: Path) -> None:
+    make_llava_rad(tmp_path)
+    edit(tmp_path, "biomedclipcxr_518.json", model_cfg=[1])
+    with pytest.raises(CheckpointError, match="no timm_model_name"):
         load_family(tmp_path)
 
 
@@ -135,6 +146,9 @@ def test_a_tower_that_is_not_served_is_refused(tmp_path: Path, vision: dict[str,
     [
         ({"mm_vision_select_layer": 7}, "the tower has 6 layers"),
         ({"mm_vision_select_layer": 0}, "the tower has 6 layers"),
+        ({"mm_vision_select_layer": [-2, -3]}, r"mm_vision_select_layer in .* one whole number"),
+        ({"mm_vision_tower_config": 5}, r"mm_vision_tower_config in .* is 5; it must be a file's name"),
+        ({"mm_vision_tower": ["a"]}, r"mm_vision_tower in .* must be a name"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
     ],
 )

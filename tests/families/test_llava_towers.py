@@ -195,6 +195,15 @@ def test_a_tower_in_a_folder_of_its_own_is_read(
     assert load_family(folder).model_digest != digest
 
 
+def test_where_a_file_lies_is_part_of_the_identity(tmp_path: Path) -> None:
+    family = load_family(write(tmp_path, MistralConfig(**WIDE)))
+    (tmp_path / "vision_tower").mkdir()
+    (tmp_path / "vision_tower" / "zz.json").write_text("{}")
+    digest = family.model_digest
+    (tmp_path / "vision_tower" / "zz.json").rename(tmp_path / "zz.json")
+    assert load_family(tmp_path).model_digest != digest
+
+
 def test_a_head_of_its_own_is_read_beside_a_tower_in_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

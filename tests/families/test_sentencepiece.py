@@ -251,6 +251,31 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path, changes: dict[str, A
         read_tokenizer(PreTrainedTokenizerFast, write_model(tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        *(("tokenizer_config.json", "added_tokens_decoder", value) for value in ([1], {"x": "a"}, {"7": {}})),
+        ("tokenizer_config.json", "added_tokens_decoder", {"7": 5}),
+        *(("tokenizer_config.json", "bos_token", value) for value in ({"a": 1}, 5)),
+        *(("special_tokens_map.json", "additional_special_tokens", value) for value in (5, "<a>", [5])),
+        *(("added_tokens.json", "<x>", value) for value in ("9", None, True)),
+    ],
+)
+def test_what_is_no_token_is_refused_by_its_field(tmp_path: Path, file: str, field: str, value: object) -> None:
+    (write_model(tmp_path) / file).write_text(json.dumps({field: value}))
+    with pytest.raises(CheckpointError, match=field):
+        read_tokenizer(PreTrainedTokenizerFast, tmp_path)
+
+
+def test_a_piece_that_would_take_hours_is_refused(tmp_path: Path) -> None:
+    """Each of the places where a long one may be cut is looked at, and each costs its length."""
+    for length in (256, 257):
+        write_model(tmp_path / str(length), pieces=PIECES | {"a" * length: (-1e9, NORMAL)})
+    read_tokenizer(PreTrainedTokenizerFast, tmp_path / "256")
+    with pytest.raises(CheckpointError, match="has 257 characters; at most 256"):
+        read_tokenizer(PreTrainedTokenizerFast, tmp_path / "257")
+
+
 def test_a_tokenizer_json_beside_it_is_the_one_that_is_read(tmp_path: Path, newer: Any) -> None:
     write_model(tmp_path)
     newer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))

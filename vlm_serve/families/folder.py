@@ -2,6 +2,8 @@
 folder's code is run.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,28 @@ up to its tower's would make gigabytes of a line of pixels.
 """
 
 
+@contextmanager
+def config_errors(folder: Path) -> Iterator[None]:
+    """Inside, transformers makes a config of a folder's config.json.
+
+    Raises:
+        CheckpointError: it cannot; says why.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"transformers cannot read {folder}/config.json ({reason[:300]}).") from None
+
+
 def read_config(folder: Path) -> Any:
     """The config, of transformers' class for it, with the defaults that this fills in.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    try:
+    with config_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"transformers cannot read {folder}/config.json ({reason[:300]}).") from None
     assert isinstance(config, PretrainedConfig)
     return config
 

@@ -32,7 +32,7 @@ from vlm_serve.decoders.decoder import Decoder
 from vlm_serve.digests import folder_digest
 from vlm_serve.errors import CheckpointError
 from vlm_serve.families.base import IDENTITY_FILES, VisionLanguageModel, read_json, read_tokenizer, uninitialized
-from vlm_serve.families.folder import check_no_strip, read_config, read_image_processor
+from vlm_serve.families.folder import check_no_strip, config_errors, read_config, read_image_processor
 from vlm_serve.families.llava import LlavaFamily
 from vlm_serve.families.llava_next import LlavaNextFamily
 from vlm_serve.families.names import TOWER, whole_model_name
@@ -127,15 +127,16 @@ class OriginalLlavaFamily(LlavaFamily):
         if vision is not None and vision.model_type == "siglip_vision_model":
             selection = "full"  # it has no class token to drop
         text = {name: value for name, value in ours.items() if not name.startswith(("mm_", "image_", "architectures"))}
-        return self._whole_config(
-            vision_config=vision,
-            text_config=text | {"model_type": TEXT_TYPES[ours["model_type"]]},
-            image_token_index=self.tokenizer.convert_tokens_to_ids("<image>"),
-            projector_hidden_act="gelu",
-            vision_feature_layer=ours.get("mm_vision_select_layer", -2),
-            vision_feature_select_strategy=selection,
-            tie_word_embeddings=ours.get("tie_word_embeddings", False),
-        )
+        with config_errors(self.folder):
+            return self._whole_config(
+                vision_config=vision,
+                text_config=text | {"model_type": TEXT_TYPES[ours["model_type"]]},
+                image_token_index=self.tokenizer.convert_tokens_to_ids("<image>"),
+                projector_hidden_act="gelu",
+                vision_feature_layer=ours.get("mm_vision_select_layer", -2),
+                vision_feature_select_strategy=selection,
+                tie_word_embeddings=ours.get("tie_word_embeddings", False),
+            )
 
     def _whole_config(self, **settings: Any) -> Any:
         return LlavaConfig(**settings)
@@ -151,7 +152,7 @@ class OriginalLlavaFamily(LlavaFamily):
             )
         for field, default, known in (
             ("mm_projector_type", "linear", ["mlp2x_gelu"]),
-            ("mm_vision_select_feature", "patch", SELECTIONS),
+            ("mm_vision_select_feature", "patch", tuple(SELECTIONS)),
             ("image_aspect_ratio", "square", self.aspect_ratios),
             ("mm_patch_merge_type", "flat", self.patch_merges),
             ("mm_use_im_start_end", False, [False]),
@@ -160,6 +161,16 @@ class OriginalLlavaFamily(LlavaFamily):
                 raise CheckpointError(
                     f"{field} is {value!r}; of checkpoints in LLaVA's own form those with "
                     f"{', '.join(map(repr, known))} are served. Convert it to transformers' form."
+                )
+        for field, types, wanted in (
+            ("mm_vision_tower", (str, type(None)), "a name"),
+            ("mm_vision_tower_config", (str, type(None)), "a file's name"),
+            ("mm_vision_select_layer", (int,), "one whole number, such as -2"),
+        ):
+            if field in self.config and type(value := self.config[field]) not in types:
+                raise CheckpointError(
+                    f"{field} in {self.folder}/config.json is {repr(value)[:80]}; it must be {wanted}. Take the file "
+                    "from the same checkpoint as the weights."
                 )
 
     @property
@@ -290,7 +301,7 @@ class OriginalLlavaNextFamily(OriginalLlavaFamily, LlavaNextFamily):
         try:
             pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
             resolutions = [[int(height), int(width)] for width, height in pairs]  # theirs have the width first
-        except (SyntaxError, TypeError, ValueError):
+        except (SyntaxError, TypeError, ValueError, OverflowError):
             raise CheckpointError(
                 f"image_grid_pinpoints is {pinpoints!r}; it must be a list of widths and heights in pixels."
             ) from None

@@ -20,6 +20,7 @@ from vlm_serve.errors import CheckpointError
 from vlm_serve.families.base import read_json
 from vlm_serve.families.llava_original import PREFIXES, OriginalLlavaFamily
 from vlm_serve.families.names import TOWER, whole_model_name
+from vlm_serve.families.plausible import MOST
 
 TOWERS: dict[str, dict[str, Any]] = {
     "biomedclip_cxr_518": {"timm_model_name": "vit_base_patch14_dinov2", "image_size": 518},
@@ -65,7 +66,7 @@ class LlavaRadFamily(OriginalLlavaFamily):
     def matches(cls, config: Mapping[str, Any]) -> bool:
         if not super().matches(config):
             return False
-        return config.get("mm_vision_tower") in TOWERS or bool(config.get("mm_vision_tower_config"))
+        return config.get("mm_vision_tower") in tuple(TOWERS) or bool(config.get("mm_vision_tower_config"))
 
     def _vision_config(self) -> None:
         """None: the tower is none of transformers'."""
@@ -73,10 +74,10 @@ class LlavaRadFamily(OriginalLlavaFamily):
     def build_vision(self) -> OpenClipTower:
         settings = self._open_clip_config()
         name, side = settings.get("timm_model_name"), settings.get("image_size")
-        if not isinstance(name, str) or not isinstance(side, int):
+        if not isinstance(name, str) or type(side) is not int or not 1 <= side <= MOST["image_size"]:
             raise CheckpointError(
-                f"The config of the tower of {self.folder} says no timm_model_name or no image_size as one number; "
-                "open_clip's towers are served where they are timm's."
+                f"The config of the tower of {self.folder} says no timm_model_name or no image_size as one number from "
+                f"1 to {MOST['image_size']}; open_clip's towers are served where they are timm's."
             )
         return OpenClipTower(name, side, self._full.vision_feature_layer, self._full.vision_feature_select_strategy)
 
@@ -88,7 +89,8 @@ class LlavaRadFamily(OriginalLlavaFamily):
             for folder in (self._tower_folder, self.folder):
                 content = read_json(folder / file) if file else {}
                 if content:
-                    found = content.get("model_cfg", content).get("vision_cfg", {})
+                    whole = content.get("model_cfg", content)
+                    found = whole.get("vision_cfg") if isinstance(whole, dict) else None
                     return found if isinstance(found, dict) else {}
         if tower not in TOWERS:
             raise CheckpointError(

@@ -20,6 +20,9 @@ BPE = 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """Of `sentencepiece_model.proto`: a trainer's `model_type`, and the `type` of a piece."""
 
+LONGEST_PIECE = 256
+"""Characters, far above the 16 that a trainer allows by itself: the time for merges grows with their square."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -53,42 +56,65 @@ def sentencepiece_tokenizer(
         added: of added_tokens.json, each token's id.
 
     Raises:
-        CheckpointError: the file is another, or the added tokens leave a gap.
+        CheckpointError: the file is another, the added tokens leave a gap, or what is said of a token is none.
     """
     model = _read_model(file)
     tokenizer = build_tokenizer(model, legacy=bool(settings.get("legacy", True)))
     ids = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": model.unk_id}
     named = {name: model.pieces[index].text for name, index in ids.items() if index in range(len(model.pieces))}
-    named |= {name: _content(settings[name]) for name in (*ids, "pad_token") if settings.get(name)}
-    declared = {int(index): _added(token) for index, token in settings.get("added_tokens_decoder", {}).items()}
+    named |= {name: _content(name, settings[name]) for name in (*ids, "pad_token") if settings.get(name)}
+    declared = _declared(settings.get("added_tokens_decoder") or {})
     for text, index in added.items():
+        if type(index) is not int:
+            raise _refusal(f"The id of {text!r} in added_tokens.json", index, "a whole number")
         declared.setdefault(index, AddedToken(text, normalized=False, special=text in named.values()))
     for index, token in sorted(declared.items()):
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != index:
             raise CheckpointError(f"The added tokens beside {file} have ids out of order. Copy the folder again.")
+    further = settings.get("additional_special_tokens") or []
+    if not isinstance(further, list):
+        raise _refusal("additional_special_tokens", further, "a list")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         add_bos_token=settings.get("add_bos_token", True),
         add_eos_token=settings.get("add_eos_token", False),
-        additional_special_tokens=[_content(token) for token in settings.get("additional_special_tokens") or ()],
+        additional_special_tokens=[_content("additional_special_tokens", token) for token in further],
         chat_template=settings.get("chat_template"),
         clean_up_tokenization_spaces=False,
         **named,
     )
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else str(token["content"])
+def _content(field: str, token: object) -> str:
+    content = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(content, str):
+        raise _refusal(field, token, "a token's text, or an object with it as content")
+    return content
 
 
-def _added(token: str | Mapping[str, Any]) -> AddedToken:
-    if isinstance(token, str):
-        return AddedToken(token, normalized=False, special=True)
-    flags = {
-        name: bool(token.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
-    }
-    return AddedToken(token["content"], **flags)
+def _declared(tokens: object) -> dict[int, AddedToken]:
+    """`added_tokens_decoder`, by the ids."""
+    field = "added_tokens_decoder"
+    if not isinstance(tokens, Mapping):
+        raise _refusal(field, tokens, "an object of tokens by their ids")
+    declared = {}
+    for index, token in tokens.items():
+        if not index.isdecimal():
+            raise _refusal(f"An id in {field}", index, "a whole number")
+        flags = {"normalized": False, "special": True}
+        if isinstance(token, Mapping):
+            names = ("lstrip", "rstrip", "single_word", "normalized", "special")
+            flags = {name: bool(token.get(name, False)) for name in names}
+        declared[int(index)] = AddedToken(_content(field, token), **flags)
+    return declared
+
+
+def _refusal(what: str, value: object, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what}, of the tokenizer, is {repr(value)[:80]}; it must be {wanted}. Take the tokenizer's files from one "
+        "checkpoint."
+    )
 
 
 def build_tokenizer(model: SentencePieceModel, *, legacy: bool) -> Tokenizer:
@@ -122,6 +148,11 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     score (`bpe_model.cc`), `tokenizers` those of the first rank.
     """
     scores = {piece.text: piece.score for piece in model.pieces if piece.kind == NORMAL}
+    if (longest := max(map(len, scores), default=0)) > LONGEST_PIECE:
+        raise CheckpointError(
+            f"A piece of the SentencePiece vocabulary has {longest} characters; at most {LONGEST_PIECE} are read. Save "
+            "the tokenizer as tokenizer.json with transformers."
+        )
     pairs = [
         (score, end, text)
         for text, score in scores.items()
