@@ -158,6 +158,7 @@ def test_another_number_of_bits_than_was_packed_is_told(tmp_path: Path, bits: in
     [
         ({"quant_method": "bitsandbytes"}, "method bitsandbytes.*Known: GPTQ, AWQ and compressed-tensors"),
         ({"bits": 4}, "method None"),
+        (["gptq"], "must be an object"),
         ({"quant_method": "gptq", "bits": "four", "group_size": 128}, "field .*four"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "number of bits 3"),
         ({"quant_method": "gptq", "group_size": 128}, "field 'bits'"),
@@ -175,9 +176,7 @@ def test_another_number_of_bits_than_was_packed_is_told(tmp_path: Path, bits: in
         ),
     ],
 )
-def test_a_form_that_is_not_known_is_named_before_anything_is_read(
-    tmp_path: Path, settings: dict[str, Any], named: str
-) -> None:
+def test_a_form_that_is_not_known_is_named_before_anything_is_read(tmp_path: Path, settings: Any, named: str) -> None:
     make_text(tmp_path, "Llama 2")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))

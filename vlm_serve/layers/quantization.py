@@ -103,6 +103,8 @@ class Quantization:
             settings = text.get("quantization_config")
         if not settings:
             return None
+        if not isinstance(settings, Mapping):
+            raise CheckpointError(f"quantization_config is {repr(settings)[:80]}; it must be an object.")
         method = settings.get("quant_method")
         try:
             if method == GPTQ:
